@@ -1,0 +1,198 @@
+"""The arguments of a run: one frozen dataclass, which is also `--help` and `config.json`."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+TINY_MODEL = str(Path(__file__).resolve().parent / "assets" / "tiny-adder")
+
+# Flags left at None take these values: the built-in model wants other sizes than a real one.
+TINY_DEFAULTS: dict[str, Any] = {
+    "data": "arithmetic",
+    "steps": 80,
+    "prompts_per_step": 32,
+    "samples_per_prompt": 16,
+    "max_prompt_len": 32,
+    "max_response_len": 8,
+    "lr": 3e-4,
+    "micro_batch_tokens": 16384,
+    "eval_size": 512,
+    "eval_every": 20,
+}
+REAL_DEFAULTS: dict[str, Any] = {
+    "data": "gsm8k",
+    "steps": 100,
+    "prompts_per_step": 64,
+    "samples_per_prompt": 8,
+    "max_prompt_len": 512,
+    "max_response_len": 1024,
+    "lr": 1e-6,
+    "micro_batch_tokens": 16384,
+    "eval_size": 512,
+    "eval_every": 10,
+}
+
+
+POSITIVE = ("steps", "prompts_per_step", "max_prompt_len", "max_response_len", "max_sample_rounds", "max_num_seqs",
+            "lr", "micro_batch_tokens", "updates_per_batch", "max_grad_norm", "temperature")  # fmt: skip
+AT_LEAST_ZERO = ("eval_size", "eval_every", "save_every", "warmup_steps", "weight_decay", "clip_low", "clip_high",
+                 "log_samples", "overlong_buffer", "seed")  # fmt: skip
+
+
+class ConfigError(ValueError):
+    """A flag, or a combination of flags, that cannot work."""
+
+
+@dataclass(frozen=True)
+class Args:
+    """DAPO with 8-bit vLLM rollouts, in one process. A flag whose default is None depends on the model: the second
+    value given in its text is for the built-in tiny model."""
+
+    model: str = TINY_MODEL
+    """HF folder or Hub name of a Qwen2, Qwen3 or Llama model with a chat template."""
+    data: str | None = None
+    """arithmetic[:add1|add2|add3|sub2|mul|chain], gsm8k, a Hub dataset, a .jsonl or .parquet file.
+    None: gsm8k; arithmetic."""
+    eval_data: str | None = None
+    """Held-out data, as --data. None: the test split of --data, or a part of it held out."""
+    eval_size: int | None = None
+    """Held-out prompts to evaluate on (greedy); 0 for none. None: 512."""
+    reward: str | None = None
+    """Your own reward, file.py:function, called as function(completion, answer, row). None: the data's own."""
+
+    rollout_quant: Literal["fp8", "none"] = "fp8"
+    """Weights of the sampler: fp8 (vLLM's online per-tensor FP8) or none (bf16)."""
+    tis_cap: float | None = 2.0
+    """Truncated importance sampling: weights pi_old/mu are cut at this value. inf never cuts, None turns them off."""
+    temperature: float = 1.0
+    """Sampling temperature; the trainer divides its logits by it too."""
+    top_p: float = 1.0
+    """Must be 1: truncating the distribution would bias pi/mu."""
+    top_k: int = 0
+    """Must be 0 (off), for the same reason."""
+    sleep: Literal["auto", "0", "1", "2"] = "auto"
+    """What the engine does while the policy trains: 0 stays, 1 moves its weights to the host, 2 drops them.
+    auto: from the memory plan."""
+    max_num_seqs: int = 512
+    """Sequences that the engine runs at once."""
+    kv_cache_gib: float | None = None
+    """Size of the KV cache, GiB. None: room for max_num_seqs full sequences, less if memory is short."""
+
+    steps: int | None = None
+    """Training steps. None: 100; 80."""
+    prompts_per_step: int | None = None
+    """Prompts (groups) trained on in a step. None: 64; 32."""
+    samples_per_prompt: int | None = None
+    """Responses drawn for each prompt (the group), at least 2. None: 8; 16."""
+    max_prompt_len: int | None = None
+    """Longest prompt, tokens; longer ones are dropped and counted. None: 512; 32."""
+    max_response_len: int | None = None
+    """Longest response, tokens. None: 1024; 8."""
+    dynamic_sampling: bool = True
+    """Drop groups whose rewards are all equal, and draw more prompts instead."""
+    max_sample_rounds: int = 4
+    """Rounds of drawing before a step goes on with what it has."""
+
+    lr: float | None = None
+    """AdamW learning rate: linear warm-up, then constant. None: 1e-6; 3e-4."""
+    warmup_steps: int = 5
+    """Updates of warm-up."""
+    weight_decay: float = 0.1
+    """AdamW weight decay, on matrices only."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; an update whose norm is not finite is skipped and counted."""
+    updates_per_batch: int = 1
+    """Optimizer updates for each batch of rollouts; above 1 the trainer recomputes old log-probs first."""
+    micro_batch_tokens: int | None = None
+    """Padded tokens in a forward and backward pass. None: 16384."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: a quarter slower, much less memory."""
+
+    clip_low: float = 0.2
+    """Lower clip range of the policy ratio."""
+    clip_high: float = 0.28
+    """Upper clip range (DAPO's clip-higher)."""
+    dual_clip: float | None = None
+    """Dual clip constant c > 1 for negative advantages, e.g. 10. None: off."""
+    advantage_std: bool = True
+    """Divide advantages by the group's standard deviation (GRPO); off is Dr.GRPO."""
+    overlong_filter: bool = False
+    """Leave responses that were cut at the limit out of the loss."""
+    overlong_buffer: int = 0
+    """Soft overlong punishment over the last this many tokens of --max-response-len; 0 for none."""
+
+    seed: int = 0
+    """Order of the prompts and the sampler's randomness."""
+    eval_every: int | None = None
+    """Evaluate every this many steps, and before the first and after the last; 0 for never. None: 10; 20."""
+    save_every: int = 0
+    """Checkpoint every this many steps; 0 only at the end."""
+    run_name: str | None = None
+    """Folder under --runs-dir. None: the model's name and the time."""
+    runs_dir: str = "runs"
+    """Where run folders go."""
+    log_samples: int = 4
+    """Samples a step written to samples.jsonl."""
+    wandb: bool = False
+    """Mirror the metrics to Weights & Biases."""
+    trust_remote_code: bool = False
+    """Let the model's repository run its own code."""
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.prompts_per_step * self.samples_per_prompt
+
+    @property
+    def max_model_len(self) -> int:
+        return self.max_prompt_len + self.max_response_len
+
+    def resolved(self) -> "Args":
+        """With every None that depends on the model filled in, and every value checked. Raises ConfigError."""
+        defaults = TINY_DEFAULTS if Path(self.model).resolve() == Path(TINY_MODEL) else REAL_DEFAULTS
+        unset = {k: v for k, v in defaults.items() if getattr(self, k) is None}
+        args = dataclasses.replace(self, **unset)
+        args._check()
+        return args
+
+    def _check(self) -> None:
+        for name in POSITIVE:
+            if not getattr(self, name) > 0 or not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"{_flag(name)} is {getattr(self, name)}; it must be greater than 0")
+        for name in AT_LEAST_ZERO:
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{_flag(name)} is {getattr(self, name)}; it must not be negative")
+        if self.samples_per_prompt < 2:
+            raise ConfigError(
+                f"--samples-per-prompt is {self.samples_per_prompt}; a group needs at least 2 samples, since each "
+                "one's advantage is measured against the others"
+            )
+        if self.top_p != 1.0 or self.top_k != 0:
+            raise ConfigError(
+                f"--top-p {self.top_p} --top-k {self.top_k}: only 1 and 0 are possible. The log-probs of a "
+                "truncated sampler are not those of the full vocabulary, and pi/mu would be biased; use --temperature"
+            )
+        if self.tis_cap is not None and not self.tis_cap > 0:
+            raise ConfigError(
+                f"--tis-cap is {self.tis_cap}; it must be greater than 0 (inf never cuts, None turns it off)"
+            )
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ConfigError(f"--dual-clip is {self.dual_clip}; it must be greater than 1 (None turns it off)")
+        if self.clip_low >= 1:
+            raise ConfigError(f"--clip-low is {self.clip_low}; the ratio's lower bound 1 - clip_low must stay positive")
+        if self.overlong_buffer > self.max_response_len:
+            raise ConfigError(
+                f"--overlong-buffer {self.overlong_buffer} is longer than --max-response-len {self.max_response_len}"
+            )
+        if self.updates_per_batch > self.prompts_per_step:
+            raise ConfigError(
+                f"--updates-per-batch {self.updates_per_batch} needs at least as many --prompts-per-step "
+                f"({self.prompts_per_step})"
+            )
+        if self.kv_cache_gib is not None and not self.kv_cache_gib > 0:
+            raise ConfigError(f"--kv-cache-gib is {self.kv_cache_gib}; it must be greater than 0")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,233 @@
+"""The trained policy: an HF model in bf16, its fp32 master weights and AdamW, and log-probs without [T, V] in memory.
+
+Axes: N samples, T response tokens of all samples one after the other, B rows of a micro-batch, S its padded length,
+V vocabulary.
+
+Why master weights: at lr 1e-6 an update is far below bf16's half ulp (2^-9 of a weight), so a bf16 weight would never
+move. AdamW works on fp32 copies; each update ends by rounding them into the bf16 weights that the forward pass and the
+sync read. Gradients are summed over micro-batches in fp32 too, by a hook that also frees each bf16 gradient at once.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+LOGITS_CHUNK_ELEMENTS = 1 << 28  # logits are made for this many elements at a time: 1 GiB in fp32
+
+
+class PolicyError(RuntimeError):
+    """The policy cannot be loaded or does not fit; the message names the flag to change."""
+
+
+@dataclass
+class Batch:
+    """Samples to train on. The per-token tensors are [T], packed in the order of the samples.
+
+    Attributes:
+        prompt_ids, response_ids: N lists of token ids.
+        rollout_logprobs: fp32, log mu.
+        advantages: fp32, a sample's advantage at each of its tokens.
+        mask: bool, True = trained on.
+        old_logprobs: fp32, log pi_old; None while one update per batch makes it the policy's own.
+    """
+
+    prompt_ids: list[list[int]]
+    response_ids: list[list[int]]
+    rollout_logprobs: torch.Tensor
+    advantages: torch.Tensor
+    mask: torch.Tensor
+    old_logprobs: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.response_ids)
+
+    def select(self, rows: list[int]) -> "Batch":
+        """The samples `rows`, in that order, with their tokens."""
+        lengths = [len(r) for r in self.response_ids]
+        starts = [0]
+        for n in lengths:
+            starts.append(starts[-1] + n)
+        tokens = torch.cat([torch.arange(starts[i], starts[i] + lengths[i]) for i in rows])
+        tokens = tokens.to(self.mask.device)
+        return Batch(
+            [self.prompt_ids[i] for i in rows],
+            [self.response_ids[i] for i in rows],
+            self.rollout_logprobs[tokens],
+            self.advantages[tokens],
+            self.mask[tokens],
+            None if self.old_logprobs is None else self.old_logprobs[tokens],
+        )
+
+    def micro_batches(self, max_tokens: int) -> list[list[int]]:
+        """Rows of each micro-batch: sorted by length, at most `max_tokens` padded tokens each (or a single sample)."""
+        lengths = [len(p) + len(r) for p, r in zip(self.prompt_ids, self.response_ids, strict=True)]
+        batches: list[list[int]] = []
+        for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+            if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= max_tokens:
+                batches[-1].append(row)
+            else:
+                batches.append([row])
+        return batches
+
+
+def load_model(model: str, device: torch.device, trust_remote_code: bool = False) -> torch.nn.Module:
+    """The HF causal language model in bf16 on `device`. Raises PolicyError naming --model."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.bfloat16, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise PolicyError(f"--model {model} cannot be loaded: {error}") from error
+    return loaded.to(device)
+
+
+class Policy:
+    """The model with its optimizer.
+
+    Args:
+        model: HF causal LM, bf16, on its device. Its tensors stay where they are for the whole run.
+        lr, weight_decay, betas: AdamW; weight decay on matrices alone.
+        warmup_steps: linear warm-up, then a constant lr.
+        max_grad_norm: global norm to clip to.
+        temperature: divides the logits, as the sampler does.
+        checkpointing: recompute activations in the backward pass.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        lr: float = 1e-6,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.999),
+        warmup_steps: int = 0,
+        max_grad_norm: float = 1.0,
+        temperature: float = 1.0,
+        checkpointing: bool = False,
+    ):
+        self.model = model
+        self.device = next(model.parameters()).device
+        self.temperature, self.max_grad_norm = temperature, max_grad_norm
+        self.lr, self.warmup_steps = lr, warmup_steps
+        self.updates = 0  # applied
+        self.skipped = 0  # not applied: the gradient norm was not finite
+        model.config.use_cache = False
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._weights = [p for p in model.parameters() if p.requires_grad]
+        self._masters = [p.detach().float().clone() for p in self._weights]
+        for master in self._masters:
+            master.grad = torch.zeros_like(master)
+        for weight, master in zip(self._weights, self._masters, strict=True):
+            weight.register_post_accumulate_grad_hook(_add_to(master))
+        groups = [
+            {"params": [m for m in self._masters if m.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [m for m in self._masters if m.dim() < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+    # -- log-probs -----------------------------------------------------------------------------------------------
+
+    def logprobs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log pi of every response token [T] with gradient, entropy [T] without), fp32, at the run's temperature.
+
+        Rows are padded on the right. Under a causal mask no real token sees the padding, so no attention mask is
+        passed and the fast kernels apply.
+        """
+        sequences = [p + r for p, r in zip(batch.prompt_ids, batch.response_ids, strict=True)]
+        width = max(len(s) for s in sequences)
+        ids_B_S = torch.tensor([s + [0] * (width - len(s)) for s in sequences])
+        # The hidden state at position t predicts token t + 1: response tokens are predicted from prompt_len - 1 on.
+        where = [
+            row * width + position
+            for row, (p, s) in enumerate(zip(batch.prompt_ids, sequences, strict=True))
+            for position in range(len(p) - 1, len(s) - 1)
+        ]
+        positions_T = torch.tensor(where, device=self.device)
+        labels_T = torch.tensor([t for r in batch.response_ids for t in r], device=self.device)
+        hidden_B_S_H = self.model.base_model(input_ids=ids_B_S.to(self.device), use_cache=False).last_hidden_state
+        hidden_T_H = hidden_B_S_H.flatten(0, 1)[positions_T]
+        head = self.model.get_output_embeddings()
+        rows = max(1, LOGITS_CHUNK_ELEMENTS // head.weight.shape[0])
+        logprobs, entropies = [], []
+        for hidden, labels in zip(hidden_T_H.split(rows), labels_T.split(rows), strict=True):
+            if torch.is_grad_enabled():  # the chunk's logits are made again in the backward pass instead of kept
+                out = checkpoint(_head_logprobs, head, hidden, labels, self.temperature, use_reentrant=False)
+            else:
+                out = _head_logprobs(head, hidden, labels, self.temperature)
+            logprobs.append(out[0])
+            entropies.append(out[1])
+        return torch.cat(logprobs), torch.cat(entropies)
+
+    @torch.no_grad()
+    def compute_logprobs(self, batch: Batch, max_tokens: int) -> torch.Tensor:
+        """log pi of every response token [T] without gradient, in micro-batches of `max_tokens` padded tokens."""
+        lengths = [len(r) for r in batch.response_ids]
+        pieces: list[torch.Tensor | None] = [None] * len(batch)
+        for rows in batch.micro_batches(max_tokens):
+            logprobs, _ = self.logprobs(batch.select(rows))
+            for row, piece in zip(rows, logprobs.split([lengths[i] for i in rows]), strict=True):
+                pieces[row] = piece
+        return torch.cat([p for p in pieces if p is not None])
+
+    # -- updates -------------------------------------------------------------------------------------------------
+
+    def current_lr(self) -> float:
+        """lr of the next update: linear warm-up from lr / warmup_steps, then constant."""
+        return self.lr * min(1.0, (self.updates + self.skipped + 1) / max(1, self.warmup_steps))
+
+    @torch.no_grad()
+    def update(self) -> tuple[float, bool]:
+        """One AdamW update from the accumulated gradients; returns (gradient norm before clipping, applied?).
+
+        A norm that is not finite skips the update and is counted; weights and optimizer state stay as they were.
+        """
+        norm = float(torch.nn.utils.clip_grad_norm_(self._masters, self.max_grad_norm))
+        applied = math.isfinite(norm)
+        if applied:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.current_lr()
+            self.optimizer.step()
+            torch._foreach_copy_(self._weights, self._masters)
+            self.updates += 1
+        else:
+            self.skipped += 1
+        torch._foreach_zero_([m.grad for m in self._masters])
+        return norm, applied
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The HF state dict: the tensors themselves, for the sync to read in place (tied names share storage)."""
+        return self.model.state_dict()
+
+    def save(self, folder: Path, tokenizer: Any) -> None:
+        """Write the bf16 weights and the tokenizer in HF layout (safetensors), which vLLM and transformers open."""
+        self.model.save_pretrained(folder, safe_serialization=True)
+        tokenizer.save_pretrained(folder)
+
+
+def _add_to(master: torch.Tensor) -> Any:
+    def hook(weight: torch.Tensor) -> None:
+        assert master.grad is not None and weight.grad is not None
+        master.grad.add_(weight.grad)
+        weight.grad = None
+
+    return hook
+
+
+def _head_logprobs(
+    head: torch.nn.Module, hidden_T_H: torch.Tensor, labels_T: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob and entropy of each token from its hidden state; bf16 logits, fp32 softmax, as in vLLM's sampler."""
+    logits_T_V = head(hidden_T_H).float() / temperature
+    logz_T = logits_T_V.logsumexp(dim=-1)
+    logprobs_T = logits_T_V.gather(-1, labels_T.unsqueeze(-1)).squeeze(-1) - logz_T
+    with torch.no_grad():
+        entropy_T = logz_T - ((logits_T_V - logz_T.unsqueeze(-1)).exp() * logits_T_V).sum(dim=-1)
+    return logprobs_T, entropy_T

@@ -1,0 +1,433 @@
+"""Train a language model with DAPO on what an 8-bit vLLM engine in the same process sampled.
+
+    python train.py                                                      # the built-in tiny model, any machine
+    python train.py --model Qwen/Qwen2.5-1.5B-Instruct --tis-cap 2.0     # GSM8K, one GPU
+    python train.py --help                                               # every flag
+
+The loop is `train()`. What it leaves out today: more than one GPU, LoRA, multi-turn, resuming a run.
+"""
+
+import runtime  # noqa: F401  (first: it sets what torch and vLLM read at import)
+
+# isort: split
+import dataclasses
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from config import Args, ConfigError
+from data import DataError, Prompt, PromptStream, encode_prompts, load_data
+from loss import (
+    finite_mask,
+    group_advantages,
+    merge_sums,
+    mismatch_metrics,
+    mismatch_sums,
+    overlong_mask,
+    policy_loss,
+    soft_overlong_penalty,
+)
+from memory import GIB, MemoryPlan, MemoryPlanError, model_sizes, plan_memory
+from policy import Batch, Policy, PolicyError, load_model
+from quant_sync import SyncError, SyncPlan
+from rewards import RewardError, Scorer, resolve_reward
+from rollout import Engine, EngineError, Group, sample_groups
+from run_folder import RunFolder, RunFolderError, default_run_name
+
+# ---- the loop
+
+
+def train(args: Args) -> Path:
+    """Run it all; returns the run folder. `args` must be resolved."""
+    stop = StopRequest()
+    engine, policy, plan, stream, held_out, scorer, tokenizer = build(args)
+    run = RunFolder(args.runs_dir, args.run_name or default_run_name(args.model), config_of(args), args.wandb)
+    print(f"run folder {run.path}", flush=True)
+
+    def save(step: int) -> Path:
+        return run.save_checkpoint(step, lambda folder: policy.save(folder, tokenizer))
+
+    clock = Clock()
+    sync_weights(engine, plan, 0, clock, full_verify=True)
+    accuracy = evaluate(engine, held_out, scorer, args, run, 0) if args.eval_every else math.nan
+    progress = tqdm(total=args.steps, desc="train", unit="step", disable=not sys.stderr.isatty())
+    done = 0
+    with stop.watching():
+        for step in range(1, args.steps + 1):
+            clock = Clock()
+            with clock("rollout"):
+                engine.wake("kv_cache")
+                groups, metrics = sample_groups(
+                    engine, stream, lambda gs: score_groups(gs, scorer), prompts=args.prompts_per_step,
+                    samples=args.samples_per_prompt, max_tokens=args.max_response_len,
+                    dynamic=args.dynamic_sampling, max_rounds=args.max_sample_rounds,
+                )  # fmt: skip
+            if stop.requested:
+                break
+            with clock("sleep"):
+                engine.sleep()
+            with clock("train"):
+                metrics |= train_step(policy, groups, args)
+            with clock("wake"):
+                engine.wake("weights")
+            sync_weights(engine, plan, step, clock)
+            done = step
+            metrics |= clock.metrics() | {"reward/errors": scorer.errors, "policy/version": engine.version}
+            metrics |= speed_metrics(metrics, policy.device)
+            last = step == args.steps or stop.requested
+            if args.eval_every and (step % args.eval_every == 0 or last):
+                engine.wake("kv_cache")
+                accuracy = evaluate(engine, held_out, scorer, args, run, step)
+                metrics["eval/accuracy"] = accuracy
+            run.log({"step": step} | metrics)
+            run.log_samples([sample_record(step, g, i) for g in groups for i in range(2)][: args.log_samples])
+            progress.update()
+            tqdm.write(step_line(step, args.steps, metrics, accuracy), file=sys.stdout)
+            sys.stdout.flush()
+            if args.save_every and step % args.save_every == 0 and not last:
+                save(step)
+            if stop.requested:
+                break
+        progress.close()
+        folder = save(done) if done else None
+    run.close()
+    if stop.requested:
+        print(f"stopped after {done} of {args.steps} steps", flush=True)
+    print(f"checkpoint {folder}\nrun folder {run.path}" if folder else f"run folder {run.path}", flush=True)
+    return run.path
+
+
+def train_step(policy: Policy, groups: list[Group], args: Args) -> dict[str, float]:
+    """One batch of groups through `updates_per_batch` updates; the step's metrics. No group, no update."""
+    if not groups:
+        print("step skipped: no group with mixed rewards was drawn; see docs/metrics.md, sampling/", flush=True)
+        return {"train/updates_applied": 0, "train/skipped_total": policy.skipped}
+    batch, metrics = build_batch(groups, args, policy.device)
+    if args.updates_per_batch > 1:
+        batch.old_logprobs = policy.compute_logprobs(batch, args.micro_batch_tokens)
+    sums: dict[str, torch.Tensor] = {}
+    norms, losses, applied = [], [], 0
+    for rows in split_groups(len(groups), args.samples_per_prompt, args.updates_per_batch):
+        mini = batch.select(rows)
+        total_tokens = int(mini.mask.sum())
+        if total_tokens == 0:
+            continue  # every token was filtered out: there is no gradient, and nothing to divide by
+        loss_sum = torch.zeros((), device=policy.device)
+        for micro_rows in mini.micro_batches(args.micro_batch_tokens):
+            micro = mini.select(micro_rows)
+            logprobs, entropy = policy.logprobs(micro)
+            # One update per batch: the weights are still the step's, so old log-probs are the policy's own.
+            old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
+            loss, stats = policy_loss(
+                logprobs, old, micro.rollout_logprobs, micro.advantages, micro.mask, total_tokens,
+                args.clip_low, args.clip_high, args.dual_clip, args.tis_cap,
+            )  # fmt: skip
+            loss.backward()
+            loss_sum += loss.detach()
+            sums = merge_sums(sums, stats | {"entropy_sum": torch.where(micro.mask, entropy, 0.0).double().sum()})
+            gap = mismatch_sums(old, micro.rollout_logprobs, micro.mask, args.tis_cap)
+            sums = merge_sums(sums, {f"gap_{k}": v for k, v in gap.items()})
+        metrics["train/lr"] = policy.current_lr()
+        norm, was_applied = policy.update()
+        norms.append(norm)
+        losses.append(float(loss_sum))
+        applied += was_applied
+    metrics |= {"train/updates_applied": applied, "train/skipped_total": policy.skipped}
+    if not norms:
+        return metrics
+    tokens = float(sums["tokens"])
+    return metrics | mismatch_metrics({k[4:]: v for k, v in sums.items() if k.startswith("gap_")}) | {
+        "train/loss": sum(losses) / len(losses),
+        "train/grad_norm": sum(norms) / len(norms),
+        "train/tokens": tokens,
+        "train/entropy": float(sums["entropy_sum"]) / tokens,
+        "train/ratio_mean": float(sums["ratio_sum"]) / tokens,
+        "train/ratio_max": float(sums["ratio_max"]),
+        "train/clip_low_share": float(sums["clipped_low"]) / tokens,
+        "train/clip_high_share": float(sums["clipped_high"]) / tokens,
+        "train/dual_clip_share": float(sums["dual_clipped"]) / tokens,
+        "train/is_weight_mean": float(sums["is_weights_sum"]) / tokens,
+    }  # fmt: skip
+
+
+def sync_weights(engine: Engine, plan: SyncPlan, version: int, clock: "Clock", full_verify: bool = False) -> None:
+    """Policy -> engine, proved, published: after this the engine samples from `version` and from nothing older."""
+    with clock("sync"):
+        plan.sync()
+    with clock("verify"):
+        plan.verify(turn=version, full=full_verify)
+    engine.publish(version)
+
+
+# ---- its parts
+
+
+def build(args: Args) -> tuple[Engine, Policy, SyncPlan, PromptStream, list[Prompt], Scorer, Any]:
+    """Everything the loop needs; data and flags are checked before anything large is allocated."""
+    from transformers import set_seed
+
+    config, tokenizer = load_config(args)
+    train_examples, eval_examples = load_data(args.data, args.eval_data, args.eval_size if args.eval_every else 0)
+    scorer = Scorer(resolve_reward(args.reward))
+    prompts, _ = encode_prompts(train_examples, tokenizer, args.max_prompt_len)
+    held_out = encode_prompts(eval_examples, tokenizer, args.max_prompt_len)[0] if eval_examples else []
+    print(f"data {args.data}: {len(prompts)} prompts to train on, {len(held_out)} held out", flush=True)
+    set_seed(args.seed)
+    device, plan_ = plan_device(args, config)
+    engine = Engine(
+        args.model,
+        tokenizer=tokenizer,
+        quant=args.rollout_quant,
+        max_model_len=args.max_model_len,
+        max_num_seqs=args.max_num_seqs,
+        kv_cache_bytes=plan_.kv_cache,
+        sleep_level=plan_.sleep_level,
+        memory_fraction=plan_.engine / torch.cuda.mem_get_info()[1] if device.type == "cuda" else 0.5,
+        temperature=args.temperature,
+        seed=args.seed,
+        trust_remote_code=args.trust_remote_code,
+    )
+    try:
+        policy = Policy(
+            load_model(args.model, device, args.trust_remote_code),
+            lr=args.lr,
+            weight_decay=args.weight_decay,
+            warmup_steps=args.warmup_steps,
+            max_grad_norm=args.max_grad_norm,
+            temperature=args.temperature,
+            checkpointing=args.gradient_checkpointing,
+        )
+    except torch.OutOfMemoryError as error:
+        raise MemoryPlanError(
+            f"the policy and its optimizer do not fit beside the engine: {error}\n{plan_.table()}"
+        ) from error
+    plan = SyncPlan.build(policy.state(), engine.model)
+    formats = ", ".join(f"{n} {name}" for name, n in plan.formats().items())
+    print(f"sync plan: {formats} parameters; {plan.bytes_written / 2**20:.0f} MiB in the engine", flush=True)
+    return engine, policy, plan, PromptStream(prompts, args.seed), held_out, scorer, tokenizer
+
+
+def load_config(args: Args) -> tuple[Any, Any]:
+    """(config, tokenizer) of --model; ConfigError if there is none, or if it is too short for the lengths asked for."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"--model {args.model} is neither a folder with a model nor a model that the Hub gives: {reason}"
+        ) from error
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and args.max_model_len > limit:
+        raise ConfigError(
+            f"--max-prompt-len {args.max_prompt_len} + --max-response-len {args.max_response_len} is more than the "
+            f"{limit} positions of {args.model}"
+        )
+    return config, tokenizer
+
+
+def plan_device(args: Args, config: Any) -> tuple[torch.device, MemoryPlan]:
+    """The device, and the memory plan, printed. A CPU has no sleep mode; there the plan is the KV cache's size."""
+    sizes = model_sizes(config)
+    on_gpu = torch.cuda.is_available()
+    wanted = sizes.kv_bytes_per_token * (args.max_model_len + 128) * min(args.max_num_seqs, args.samples_per_step)
+    if not on_gpu:
+        kv = int(args.kv_cache_gib * GIB) if args.kv_cache_gib is not None else max(wanted, 2**27)
+        if args.sleep not in ("auto", "0"):
+            print(f"--sleep {args.sleep} has no effect: a CPU has no sleep mode, the engine stays", flush=True)
+        print(f"no GPU: engine and policy run on the CPU, nothing sleeps, KV cache {kv / 2**20:.0f} MiB", flush=True)
+        return torch.device("cpu"), MemoryPlan(0, 0, 0, kv, wanted, 0, 0, 0, "CPU")
+    free, _ = torch.cuda.mem_get_info()
+    plan = plan_memory(
+        sizes,
+        free=free,
+        fp8=args.rollout_quant == "fp8",
+        max_model_len=args.max_model_len,
+        max_num_seqs=min(args.max_num_seqs, args.samples_per_step),
+        micro_batch_tokens=args.micro_batch_tokens,
+        checkpointing=args.gradient_checkpointing,
+        sleep=args.sleep,
+        kv_cache_gib=args.kv_cache_gib,
+    )
+    print(f"{torch.cuda.get_device_name()}\n{plan.table()}", flush=True)
+    return torch.device("cuda", torch.cuda.current_device()), plan
+
+
+def score_groups(groups: list[Group], scorer: Scorer) -> None:
+    """Fill in the raw rewards."""
+    for group in groups:
+        group.rewards = [scorer.score(group.prompt.example, sample.text) for sample in group.samples]
+
+
+def build_batch(groups: list[Group], args: Args, device: torch.device) -> tuple[Batch, dict[str, float]]:
+    """Groups as one batch, with advantages and mask; the soft overlong penalty goes on after the groups were chosen."""
+    samples = [s for g in groups for s in g.samples]
+    lengths = torch.tensor([len(s.token_ids) for s in samples])
+    rewards_P_G = torch.tensor([g.rewards for g in groups], dtype=torch.float32)
+    penalty_N = soft_overlong_penalty(lengths, args.max_response_len, args.overlong_buffer)
+    advantages_P_G = group_advantages(rewards_P_G + penalty_N.view_as(rewards_P_G), args.advantage_std)
+    rollout_logprobs = torch.tensor([x for s in samples for x in s.rollout_logprobs], dtype=torch.float32)
+    sampled = torch.ones_like(rollout_logprobs, dtype=torch.bool)
+    if args.overlong_filter:
+        sampled = overlong_mask(torch.tensor([s.finish_reason == "length" for s in samples]), lengths)
+    mask = finite_mask(rollout_logprobs, sampled)
+    batch = Batch(
+        prompt_ids=[g.prompt.token_ids for g in groups for _ in g.samples],
+        response_ids=[s.token_ids for s in samples],
+        rollout_logprobs=rollout_logprobs.to(device),
+        advantages=advantages_P_G.flatten().repeat_interleave(lengths).to(device),
+        mask=mask.to(device),
+    )
+    return batch, {
+        "train/tokens_filtered": int((~sampled).sum()),
+        "train/tokens_nonfinite": int((sampled & ~mask).sum()),
+        "reward/overlong_penalty_mean": float(penalty_N.mean()),
+    }
+
+
+def split_groups(groups: int, samples: int, parts: int) -> Iterator[list[int]]:
+    """Sample rows of each of `parts` mini-batches; whole groups, sizes differ by one group at most."""
+    parts = min(parts, groups)
+    for part in range(parts):
+        first, last = groups * part // parts, groups * (part + 1) // parts
+        yield list(range(first * samples, last * samples))
+
+
+def evaluate(engine: Engine, held_out: list[Prompt], scorer: Scorer, args: Args, run: RunFolder, step: int) -> float:
+    """Mean reward of one greedy answer to each held-out prompt, given by the (quantized) engine; nan without any."""
+    if not held_out:
+        return math.nan
+    start = time.perf_counter()
+    answers = engine.generate([p.token_ids for p in held_out], n=1, max_tokens=args.max_response_len, greedy=True)
+    rewards = [scorer.score(p.example, a[0].text) for p, a in zip(held_out, answers, strict=True)]
+    accuracy = sum(rewards) / len(rewards)
+    if step == 0:
+        run.log({"step": 0, "eval/accuracy": accuracy, "time/eval": time.perf_counter() - start})
+        print(f"before training: held-out accuracy {accuracy:.3f} (greedy, {len(held_out)} prompts)", flush=True)
+    return accuracy
+
+
+def sample_record(step: int, group: Group, i: int) -> dict[str, Any]:
+    """One sample as a line of samples.jsonl."""
+    return {
+        "step": step,
+        "version": group.version,
+        "id": group.prompt.example.id,
+        "prompt": group.prompt.example.messages,
+        "answer": group.prompt.example.answer,
+        "text": group.samples[i].text,
+        "reward": group.rewards[i],
+        "tokens": len(group.samples[i].token_ids),
+        "finish_reason": group.samples[i].finish_reason,
+    }
+
+
+def speed_metrics(metrics: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Rates of the step, and on a GPU the memory in use."""
+    generating = max(metrics["time/rollout"] - metrics["time/score"], 1e-9)
+    trained, seconds = metrics.get("train/tokens", 0), max(metrics["time/train"], 1e-9)
+    speed = {
+        "speed/rollout_tokens_per_s": metrics["response/tokens"] / generating,
+        "speed/train_tokens_per_s": trained / seconds,
+    }
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        speed |= {
+            "memory/torch_peak_gib": torch.cuda.max_memory_allocated() / GIB,
+            "memory/device_used_gib": (total - free) / GIB,
+        }
+    return speed
+
+
+def step_line(step: int, steps: int, metrics: dict[str, float], accuracy: float) -> str:
+    """The terminal's line for a step."""
+    gap = metrics.get("mismatch/abs_dlogp_mean", math.nan)
+    phases = " ".join(f"{k} {metrics[f'time/{k}']:.2f}" for k in ("rollout", "train", "sync", "verify"))
+    return (
+        f"step {step}/{steps} | reward {metrics['reward/mean']:.3f} | held-out {accuracy:.3f} | |dlogp| {gap:.4f} | "
+        f"{metrics['speed/rollout_tokens_per_s']:.0f} tok/s | {phases} s | step {metrics['time/step']:.2f} s"
+    )
+
+
+def config_of(args: Args) -> dict[str, Any]:
+    """The arguments as JSON (infinity as a string, since JSON has none)."""
+    return {k: str(v) if v == math.inf else v for k, v in dataclasses.asdict(args).items()}
+
+
+class Clock:
+    """Seconds of each phase of a step; the device is synchronized at both ends of a phase."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        _synchronize()
+        start = time.perf_counter()
+        yield
+        _synchronize()
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def metrics(self) -> dict[str, float]:
+        """`time/PHASE` and `time/step`, the whole step so far."""
+        total = time.perf_counter() - self._start
+        return {f"time/{k}": v for k, v in self._seconds.items()} | {"time/step": total}
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM: the first asks the loop to finish its phase and save, a second one ends at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for s, handler in previous.items():
+                signal.signal(s, handler)
+
+    def _handle(self, signum: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print(
+            "\nstopping: this phase is finished and the policy saved; once more ends at once",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+ERRORS = (ConfigError, DataError, EngineError, MemoryPlanError, PolicyError, RewardError, RunFolderError, SyncError)
+
+
+def main() -> None:
+    try:
+        train(tyro.cli(Args, description=__doc__).resolved())
+    except ERRORS as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
