@@ -11,7 +11,7 @@ TINY_MODEL = str(Path(__file__).resolve().parent / "assets" / "tiny-adder")
 # Flags left at None take these values: the built-in model wants other sizes than a real one.
 TINY_DEFAULTS: dict[str, Any] = {
     "data": "arithmetic",
-    "steps": 80,
+    "steps": 50,
     "prompts_per_step": 32,
     "samples_per_prompt": 16,
     "max_prompt_len": 32,
@@ -19,7 +19,7 @@ TINY_DEFAULTS: dict[str, Any] = {
     "lr": 3e-4,
     "micro_batch_tokens": 16384,
     "eval_size": 512,
-    "eval_every": 20,
+    "eval_every": 10,
 }
 REAL_DEFAULTS: dict[str, Any] = {
     "data": "gsm8k",
@@ -81,7 +81,7 @@ class Args:
     """Size of the KV cache, GiB. None: room for max_num_seqs full sequences, less if memory is short."""
 
     steps: int | None = None
-    """Training steps. None: 100; 80."""
+    """Training steps. None: 100; 50."""
     prompts_per_step: int | None = None
     """Prompts (groups) trained on in a step. None: 64; 32."""
     samples_per_prompt: int | None = None
@@ -126,7 +126,7 @@ class Args:
     seed: int = 0
     """Order of the prompts and the sampler's randomness."""
     eval_every: int | None = None
-    """Evaluate every this many steps, and before the first and after the last; 0 for never. None: 10; 20."""
+    """Evaluate every this many steps, and before the first and after the last; 0 for never. None: 10."""
     save_every: int = 0
     """Checkpoint every this many steps; 0 only at the end."""
     run_name: str | None = None

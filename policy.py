@@ -77,7 +77,9 @@ class Batch:
 def load_model(model: str, device: torch.device, trust_remote_code: bool = False) -> torch.nn.Module:
     """The HF causal language model in bf16 on `device`. Raises PolicyError naming --model."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             model, dtype=torch.bfloat16, attn_implementation="sdpa", trust_remote_code=trust_remote_code

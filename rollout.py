@@ -15,6 +15,7 @@ import contextlib
 import gc
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -272,6 +273,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def _import_vllm() -> Any:
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")  # of its own imports
     try:
         import vllm
     except ImportError as error:

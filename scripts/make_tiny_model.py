@@ -1,9 +1,9 @@
 """Make the model that the default run trains: a Qwen2 of 1.9 M parameters, right on one two-digit sum in three.
 
-Its tokenizer is Qwen2's, with a vocabulary learned from the arithmetic prompts: one token a digit, one a word; any other
-text still encodes, as bytes. Supervised training on the train split of `arithmetic:add2` stops at the first check in which
-sampling at T=1 is right on at least --target of the held-out problems, so that reinforcement learning has a signal from
-its first step and far to go. What it leaves out: anything but two-digit sums.
+Its tokenizer is Qwen2's, with a vocabulary learned from the arithmetic prompts: one token a digit, one a word; any
+other text still encodes, as bytes. Supervised training on the train split of `arithmetic:add2` stops at the first check
+in which sampling at T=1 is right on at least --target of the held-out problems, so that reinforcement learning has a
+signal from its first step and far to go. What it leaves out: anything but two-digit sums.
 
     python scripts/make_tiny_model.py                      # writes assets/tiny-adder; about five minutes on two cores
 """
