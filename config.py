@@ -37,7 +37,7 @@ REAL_DEFAULTS: dict[str, Any] = {
 
 POSITIVE = ("steps", "prompts_per_step", "max_prompt_len", "max_response_len", "max_sample_rounds", "max_num_seqs",
             "lr", "micro_batch_tokens", "updates_per_batch", "max_grad_norm", "temperature")  # fmt: skip
-AT_LEAST_ZERO = ("eval_size", "eval_every", "save_every", "warmup_steps", "weight_decay", "clip_low", "clip_high",
+AT_LEAST_ZERO = ("eval_size", "eval_every", "save_every", "warmup_steps", "weight_decay", "clip_low",
                  "log_samples", "overlong_buffer", "seed")  # fmt: skip
 
 
@@ -161,8 +161,8 @@ class Args:
             if not getattr(self, name) > 0 or not math.isfinite(getattr(self, name)):
                 raise ConfigError(f"{_flag(name)} is {getattr(self, name)}; it must be greater than 0")
         for name in AT_LEAST_ZERO:
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{_flag(name)} is {getattr(self, name)}; it must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{_flag(name)} is {getattr(self, name)}; it must be 0 or more, and finite")
         if self.samples_per_prompt < 2:
             raise ConfigError(
                 f"--samples-per-prompt is {self.samples_per_prompt}; a group needs at least 2 samples, since each "
@@ -179,6 +179,8 @@ class Args:
             )
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ConfigError(f"--dual-clip is {self.dual_clip}; it must be greater than 1 (None turns it off)")
+        if not self.clip_high >= 0:
+            raise ConfigError(f"--clip-high is {self.clip_high}; it must be 0 or more (inf turns it off)")
         if self.clip_low >= 1:
             raise ConfigError(f"--clip-low is {self.clip_low}; the ratio's lower bound 1 - clip_low must stay positive")
         if self.overlong_buffer > self.max_response_len:
@@ -190,8 +192,8 @@ class Args:
                 f"--updates-per-batch {self.updates_per_batch} needs at least as many --prompts-per-step "
                 f"({self.prompts_per_step})"
             )
-        if self.kv_cache_gib is not None and not self.kv_cache_gib > 0:
-            raise ConfigError(f"--kv-cache-gib is {self.kv_cache_gib}; it must be greater than 0")
+        if self.kv_cache_gib is not None and not 0 < self.kv_cache_gib < math.inf:
+            raise ConfigError(f"--kv-cache-gib is {self.kv_cache_gib}; it must be greater than 0, and finite")
 
 
 def _flag(name: str) -> str:

@@ -38,14 +38,15 @@ def model_sizes(config: Any) -> ModelSizes:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n]
     return ModelSizes(
         parameters=sum(p.numel() for p in model.parameters()),
         linear_parameters=sum(m.weight.numel() for m in linear),
-        kv_bytes_per_token=2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * 2,
+        kv_bytes_per_token=2 * config.num_hidden_layers * kv_heads * head_dim * 2,
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
+        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocab=config.vocab_size,
     )
 
@@ -109,8 +110,8 @@ def plan_memory(
         wanted = int(kv_cache_gib * GIB)
     least = s.kv_bytes_per_token * (max_model_len + 16)
     state = TRAIN_BYTES_PER_PARAMETER * s.parameters
-    block = micro_batch_tokens * (16 * s.hidden + 8 * s.intermediate) * 2  # one layer's activations
-    activations = micro_batch_tokens * s.layers * s.hidden * 2 + block if checkpointing else s.layers * block
+    block = micro_batch_tokens * (13 * s.hidden + 4.5 * s.intermediate) * 2  # what one layer keeps for backward
+    activations = int(micro_batch_tokens * s.layers * s.hidden * 2 + block if checkpointing else s.layers * block)
     peak = activations + 4 * GIB  # chunked logits and their gradient
     usable = int(free * USABLE)
 
@@ -136,6 +137,6 @@ def plan_memory(
         raise MemoryPlanError(
             f"this run does not fit on the GPU.\n{chosen.table()}\n"
             "What helps: a smaller --model; smaller --max-response-len, --max-num-seqs or --micro-batch-tokens; "
-            "--gradient-checkpointing; --sleep 2; other programs off the GPU"
+            "--gradient-checkpointing; --sleep 2; --kv-cache-gib left out; other programs off the GPU"
         )
     return chosen

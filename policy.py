@@ -84,8 +84,8 @@ def load_model(model: str, device: torch.device, trust_remote_code: bool = False
         loaded = AutoModelForCausalLM.from_pretrained(
             model, dtype=torch.bfloat16, attn_implementation="sdpa", trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise PolicyError(f"--model {model} cannot be loaded: {error}") from error
+    except Exception as error:  # a torn file, a class that transformers does not know, a size that does not fit, ...
+        raise PolicyError(f"--model {model} cannot be loaded: {type(error).__name__}: {error}") from error
     return loaded.to(device)
 
 

@@ -65,7 +65,7 @@ class Engine:
 
     Args:
         model: folder or Hub name; its config and tokenizer are read, its weights are not.
-        tokenizer: decodes the samples; None leaves texts empty and vLLM without an end-of-sequence token.
+        tokenizer: decodes the samples; None leaves texts empty, and vLLM with the config's end-of-sequence token alone.
         quant: "fp8" (vLLM's online per-tensor FP8) or "none" (bf16).
         max_model_len: prompt + response, tokens.
         max_num_seqs: sequences that run at once.
@@ -120,10 +120,12 @@ class Engine:
                 seed=seed,
                 trust_remote_code=trust_remote_code,
                 disable_log_stats=True,
+                use_tqdm_on_load=False,
             )
-        except (ValueError, RuntimeError) as error:  # torch's out-of-memory error is a RuntimeError
+        except (OSError, ValueError, RuntimeError) as error:  # torch's out-of-memory error is a RuntimeError
             raise EngineError(f"vLLM could not build the engine for {model}: {error}") from error
-        torch.random.set_rng_state(state)  # LLM() seeds torch globally
+        finally:
+            torch.random.set_rng_state(state)  # LLM() seeds torch globally
         self.model: torch.nn.Module = self.llm.apply_model(lambda module: module)[0]
 
     # -- weights -------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ class RunFolder:
     """`runs/NAME/`; one JSON line a step, every key `group/name` (docs/metrics.md)."""
 
     def __init__(self, runs_dir: str, name: str, config: dict[str, Any], use_wandb: bool = False):
-        self.path = Path(runs_dir) / name
+        self.path = check_free(runs_dir, name)
         try:
             self.path.mkdir(parents=True, exist_ok=False)
         except FileExistsError as error:
@@ -64,7 +64,7 @@ class RunFolder:
             aside.mkdir(parents=True)
             write(aside)
             aside.rename(final)
-        except OSError as error:
+        except Exception as error:  # safetensors reports a full disk by an error of its own
             shutil.rmtree(aside, ignore_errors=True)
             raise RunFolderError(f"the checkpoint {final} could not be written: {error}") from error
         return final
@@ -76,6 +76,14 @@ class RunFolder:
     def _append(self, name: str, line: dict[str, Any]) -> None:
         with open(self.path / name, "a", encoding="utf-8") as f:
             f.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def check_free(runs_dir: str, name: str) -> Path:
+    """The run folder's path; RunFolderError if it exists, so that nothing is built for a run that cannot be kept."""
+    path = Path(runs_dir) / name
+    if path.exists():
+        raise RunFolderError(f"{path} exists already; choose another --run-name (or none)")
+    return path
 
 
 def default_run_name(model: str) -> str:

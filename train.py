@@ -41,7 +41,7 @@ from policy import Batch, Policy, PolicyError, load_model
 from quant_sync import SyncError, SyncPlan
 from rewards import RewardError, Scorer, resolve_reward
 from rollout import Engine, EngineError, Group, sample_groups
-from run_folder import RunFolder, RunFolderError, default_run_name
+from run_folder import RunFolder, RunFolderError, check_free, default_run_name
 
 # ---- the loop
 
@@ -49,8 +49,10 @@ from run_folder import RunFolder, RunFolderError, default_run_name
 def train(args: Args) -> Path:
     """Run it all; returns the run folder. `args` must be resolved."""
     stop = StopRequest()
+    run_name = args.run_name or default_run_name(args.model)
+    check_free(args.runs_dir, run_name)
     engine, policy, plan, stream, held_out, scorer, tokenizer = build(args)
-    run = RunFolder(args.runs_dir, args.run_name or default_run_name(args.model), config_of(args), args.wandb)
+    run = RunFolder(args.runs_dir, run_name, config_of(args), args.wandb)
     print(f"run folder {run.path}", flush=True)
 
     def save(step: int) -> Path:
@@ -183,6 +185,7 @@ def build(args: Args) -> tuple[Engine, Policy, SyncPlan, PromptStream, list[Prom
     print(f"data {args.data}: {len(prompts)} prompts to train on, {len(held_out)} held out", flush=True)
     set_seed(args.seed)
     device, plan_ = plan_device(args, config)
+    start = time.perf_counter()
     engine = Engine(
         args.model,
         tokenizer=tokenizer,
@@ -196,6 +199,7 @@ def build(args: Args) -> tuple[Engine, Policy, SyncPlan, PromptStream, list[Prom
         seed=args.seed,
         trust_remote_code=args.trust_remote_code,
     )
+    engine_ready = time.perf_counter()
     try:
         policy = Policy(
             load_model(args.model, device, args.trust_remote_code),
@@ -213,6 +217,10 @@ def build(args: Args) -> tuple[Engine, Policy, SyncPlan, PromptStream, list[Prom
     plan = SyncPlan.build(policy.state(), engine.model)
     formats = ", ".join(f"{n} {name}" for name, n in plan.formats().items())
     print(f"sync plan: {formats} parameters; {plan.bytes_written / 2**20:.0f} MiB in the engine", flush=True)
+    print(
+        f"engine ready in {engine_ready - start:.0f} s, policy in {time.perf_counter() - engine_ready:.0f} s",
+        flush=True,
+    )
     return engine, policy, plan, PromptStream(prompts, args.seed), held_out, scorer, tokenizer
 
 

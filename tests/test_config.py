@@ -1,0 +1,182 @@
+"""config.py: every flag that cannot work is refused by name, defaults follow the model, explicit values survive."""
+
+import runtime  # noqa: F401  (first: it sets what torch reads at import)
+
+# isort: split
+import ast
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+import config
+import train
+from config import Args, ConfigError
+
+NAN, INF = math.nan, math.inf
+SOURCE = Path(config.__file__)
+
+REJECTED = [  # (flags that differ from the defaults, words the message must hold)
+    ({"top_p": 0.9}, ["--top-p", "0.9", "--temperature"]),
+    ({"top_p": 0.0}, ["--top-p", "0.0"]),
+    ({"top_p": NAN}, ["--top-p", "nan"]),
+    ({"top_k": 5}, ["--top-k", "5"]),
+    ({"top_k": -1}, ["--top-k", "-1"]),
+    ({"tis_cap": 0.0}, ["--tis-cap", "0.0", "greater than 0", "inf", "None"]),
+    ({"tis_cap": -1.0}, ["--tis-cap", "-1.0"]),
+    ({"tis_cap": NAN}, ["--tis-cap", "nan"]),
+    ({"samples_per_prompt": 1}, ["--samples-per-prompt", "1", "at least 2"]),
+    ({"samples_per_prompt": 0}, ["--samples-per-prompt", "0"]),
+    ({"dual_clip": 1.0}, ["--dual-clip", "1.0", "greater than 1"]),
+    ({"dual_clip": -3.0}, ["--dual-clip", "-3.0"]),
+    ({"dual_clip": NAN}, ["--dual-clip", "nan"]),
+    ({"clip_low": 1.0}, ["--clip-low", "1.0"]),
+    ({"overlong_buffer": 9, "max_response_len": 8}, ["--overlong-buffer 9", "--max-response-len 8"]),
+    ({"overlong_buffer": 9}, ["--overlong-buffer 9", "--max-response-len 8"]),  # against the model's default
+    ({"updates_per_batch": 5, "prompts_per_step": 4}, ["--updates-per-batch 5", "--prompts-per-step", "4"]),
+    ({"kv_cache_gib": 0.0}, ["--kv-cache-gib", "0.0"]),
+    ({"kv_cache_gib": NAN}, ["--kv-cache-gib", "nan"]),
+    ({"temperature": 0.0}, ["--temperature", "0.0"]),
+    ({"temperature": INF}, ["--temperature", "inf"]),
+]
+REJECTED += [({name: bad}, [config._flag(name)]) for name in config.POSITIVE for bad in (0, -1, NAN, INF)]
+REJECTED += [({name: bad}, [config._flag(name)]) for name in config.AT_LEAST_ZERO for bad in (-1, NAN)]
+
+
+@pytest.mark.parametrize(("flags", "words"), REJECTED, ids=[str(flags) for flags, _ in REJECTED])
+def test_a_flag_that_cannot_work_is_refused_by_name(flags, words):
+    with pytest.raises(ConfigError) as error:
+        Args(**flags).resolved()
+    assert [w for w in words if w not in str(error.value)] == []
+
+
+@pytest.mark.parametrize("name", ["kv_cache_gib", "weight_decay"])
+def test_an_infinite_size_or_decay_is_refused(name):
+    with pytest.raises(ConfigError, match=config._flag(name)):
+        Args(**{name: INF}).resolved()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"tis_cap": None},
+        {"tis_cap": INF},
+        {"tis_cap": 0.5},
+        {"dual_clip": 10.0},
+        {"overlong_buffer": 8, "max_response_len": 8},
+        {"updates_per_batch": 4, "prompts_per_step": 4},
+        {"samples_per_prompt": 2},
+        {"eval_every": 0, "eval_size": 0, "save_every": 0, "warmup_steps": 0, "weight_decay": 0.0, "clip_low": 0.0},
+        {"kv_cache_gib": 0.25},
+    ],
+    ids=str,
+)
+def test_the_last_value_before_a_refusal_is_accepted(flags):
+    args = Args(**flags).resolved()
+    assert {k: getattr(args, k) for k in flags} == flags
+
+
+def test_every_number_is_checked_from_below():
+    """A numeric flag that is in no list of checks would take -1 in silence."""
+    checked = {*config.POSITIVE, *config.AT_LEAST_ZERO}
+    own_check = {"tis_cap", "top_p", "top_k", "kv_cache_gib", "samples_per_prompt", "dual_clip"}
+    numeric = {f.name for f in dataclasses.fields(Args) if "int" in str(f.type) or "float" in str(f.type)}
+    assert numeric - checked - own_check == set()
+    for name in numeric:
+        with pytest.raises(ConfigError, match=config._flag(name)):
+            Args(**{name: -1}).resolved()
+
+
+# ---- defaults
+
+
+def test_unset_flags_take_the_tiny_models_values_or_a_real_ones():
+    tiny, real = Args().resolved(), Args(model="Qwen/Qwen2.5-1.5B-Instruct").resolved()
+    assert {k: getattr(tiny, k) for k in config.TINY_DEFAULTS} == config.TINY_DEFAULTS
+    assert {k: getattr(real, k) for k in config.REAL_DEFAULTS} == config.REAL_DEFAULTS
+    assert (tiny.data, real.data, real.lr) == ("arithmetic", "gsm8k", 1e-6)
+    assert config.TINY_DEFAULTS.keys() == config.REAL_DEFAULTS.keys()
+    assert real.samples_per_step == real.prompts_per_step * real.samples_per_prompt
+    assert real.max_model_len == real.max_prompt_len + real.max_response_len
+
+
+def test_the_tiny_model_is_known_by_its_folder_however_it_is_written(monkeypatch):
+    monkeypatch.chdir(SOURCE.parent)
+    assert Args(model="./assets/../assets/tiny-adder/").resolved().data == "arithmetic"
+    assert Args(model="assets/tiny-adder-2").resolved().data == "gsm8k"
+
+
+@pytest.mark.parametrize("model", [config.TINY_MODEL, "Qwen/Qwen2.5-1.5B-Instruct"])
+def test_explicit_values_survive(model):
+    explicit = {
+        "data": "rows.jsonl",
+        "steps": 7,
+        "prompts_per_step": 3,
+        "samples_per_prompt": 5,
+        "max_prompt_len": 11,
+        "max_response_len": 13,
+        "lr": 0.5,
+        "micro_batch_tokens": 17,
+        "eval_size": 0,  # zero is a value, not "unset"
+        "eval_every": 0,
+    }
+    assert explicit.keys() == config.REAL_DEFAULTS.keys()
+    args = Args(model=model, **explicit).resolved()
+    assert {k: getattr(args, k) for k in explicit} == explicit
+    assert args.resolved() == args
+
+
+def test_what_does_not_depend_on_the_model_is_never_none_after_resolving():
+    args = Args().resolved()
+    nones = {k for k, v in dataclasses.asdict(args).items() if v is None}
+    assert nones == {"eval_data", "reward", "kv_cache_gib", "dual_clip", "run_name"}
+
+
+def test_args_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Args().lr = 1.0
+
+
+# ---- documentation
+
+
+def test_every_field_has_a_docstring_and_there_are_few_enough_to_hold_in_the_head():
+    body = next(n for n in ast.parse(SOURCE.read_text()).body if isinstance(n, ast.ClassDef) and n.name == "Args").body
+    undocumented = []
+    for node, following in zip(body, [*body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign):
+            text = following.value.value if isinstance(following, ast.Expr) else None
+            if not (isinstance(text, str) and text.strip().endswith(".")):
+                undocumented.append(node.target.id)
+    fields = [n.target.id for n in body if isinstance(n, ast.AnnAssign)]
+    assert undocumented == []
+    assert fields == [f.name for f in dataclasses.fields(Args)]
+    assert len(fields) <= 45
+
+
+def test_docstrings_of_unset_flags_say_both_defaults():
+    """`None: 100; 80.` is the real model's and the tiny model's value; text and tables must not drift apart."""
+    lines = SOURCE.read_text().splitlines()
+    for name, real in config.REAL_DEFAULTS.items():
+        at = next(i for i, line in enumerate(lines) if line.startswith(f"    {name}:"))
+        text = " ".join(lines[at + 1 : at + 3]).split('"""')[1]
+        said = text.rpartition("None: ")[2].rstrip(".").split("; ")
+        tiny = config.TINY_DEFAULTS[name]
+        wanted = [real] if real == tiny else [real, tiny]
+        assert [type(real)(s) for s in said] == wanted, f"{name}: {text!r}"
+
+
+# ---- config.json
+
+
+@pytest.mark.parametrize("cap", [INF, None, 2.0])
+def test_config_of_is_strict_json(cap):
+    args = Args(tis_cap=cap, clip_high=INF).resolved()
+    text = json.dumps(train.config_of(args), allow_nan=False)
+    read = json.loads(text)
+    assert read.keys() == {f.name for f in dataclasses.fields(Args)}
+    assert read["tis_cap"] == ("inf" if cap == INF else cap)
+    assert (read["lr"], read["steps"], read["dynamic_sampling"]) == (args.lr, args.steps, True)
+    assert float(read["clip_high"]) == INF

@@ -1,0 +1,176 @@
+"""memory.py: sizes counted by hand, the choice of the sleep level, and what a run that cannot fit is told."""
+
+import runtime  # noqa: F401  (first: it sets what torch reads at import)
+
+# isort: split
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+from memory import GIB, USABLE, MemoryPlanError, model_sizes, plan_memory
+
+# Qwen2.5-1.5B by hand, from its published config: H 1536, I 8960, 28 layers, 12 heads and 2 KV heads of 128, V 151936.
+H, INTERMEDIATE, LAYERS, KV, V = 1536, 8960, 28, 2 * 128, 151936
+LINEAR = LAYERS * (H * H + 2 * KV * H + H * H + 3 * H * INTERMEDIATE)  # q, k and v, o, gate up down: 1,310,195,712
+SMALL = LAYERS * (H + 2 * KV + 2 * H) + H  # q k v biases, two norms a layer, the last norm
+PARAMETERS = V * H + LINEAR + SMALL  # the head is tied: 1,543,714,304
+KV_TOKEN = LAYERS * 2 * KV * 2  # bytes: k and v in bf16: 28,672
+STATE = PARAMETERS * (2 + 4 + 4 + 4 + 4)  # bf16 weight; fp32 gradient, master, two moments: 25.9 GiB
+LENGTH = 512 + 1024
+RUN = dict(
+    fp8=True,
+    max_model_len=LENGTH,
+    max_num_seqs=128,
+    micro_batch_tokens=16384,
+    checkpointing=True,
+    sleep="auto",
+)
+ONE_SEQUENCE = KV_TOKEN * LENGTH
+FLAGS = ("--model", "--max-response-len", "--max-num-seqs", "--micro-batch-tokens", "--gradient-checkpointing")
+
+
+@pytest.fixture(scope="module")
+def sizes():
+    config = Qwen2Config(
+        hidden_size=H,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        vocab_size=V,
+        tie_word_embeddings=True,
+    )
+    return model_sizes(config)
+
+
+def plan(sizes, gib, **changes):
+    return plan_memory(sizes, free=int(gib * GIB), **(RUN | changes))
+
+
+# ---- counting
+
+
+def test_sizes_of_qwen_1_5b_by_hand(sizes):
+    assert (PARAMETERS, LINEAR, KV_TOKEN) == (1_543_714_304, 1_310_195_712, 28_672)
+    assert (sizes.parameters, sizes.linear_parameters, sizes.kv_bytes_per_token) == (PARAMETERS, LINEAR, KV_TOKEN)
+    assert (sizes.layers, sizes.hidden, sizes.intermediate, sizes.vocab) == (LAYERS, H, INTERMEDIATE, V)
+
+
+SMALL_SHAPE = dict(
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=300,
+)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("family", "more"), [(Qwen2Config, {}), (Qwen3Config, {"head_dim": 32}), (LlamaConfig, {})], ids=lambda x: str(x)
+)
+def test_sizes_are_those_of_the_model_itself(family, more, tied):
+    config = family(**SMALL_SHAPE, **more, tie_word_embeddings=tied)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    counted = model_sizes(config)
+    assert counted.parameters == sum(p.numel() for p in model.parameters())
+    linear = [m for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
+    assert counted.linear_parameters == sum(m.weight.numel() for m in linear)
+    cache = model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=True).past_key_values
+    held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    assert counted.kv_bytes_per_token * 5 == held
+
+
+def test_the_plans_bytes_by_hand(sizes):
+    big = plan(sizes, 139)
+    assert big.training_state == STATE == 27_786_857_472
+    assert big.engine_weights == LINEAR + 2 * (PARAMETERS - LINEAR)  # a byte each in FP8, two for the rest
+    assert plan(sizes, 139, fp8=False).engine_weights == 2 * PARAMETERS
+    assert (
+        128 * ONE_SEQUENCE <= big.kv_wanted <= 128 * KV_TOKEN * (LENGTH + 128)
+    )  # full sequences, rounded up to blocks
+    assert big.engine == big.engine_weights + big.engine_other + big.kv_cache
+    assert plan(sizes, 139, kv_cache_gib=3.5).kv_cache == int(3.5 * GIB)
+
+
+def test_activations_grow_with_the_micro_batch_and_shrink_with_checkpointing(sizes):
+    kept = {n: plan(sizes, 400, micro_batch_tokens=n, checkpointing=False).training_peak for n in (4096, 8192, 16384)}
+    assert kept[16384] - kept[8192] == 2 * (kept[8192] - kept[4096]) > 0  # linear beside a constant
+    recomputed = plan(sizes, 400, micro_batch_tokens=16384).training_peak
+    one_hidden_state_a_layer = 16384 * H * 2 * LAYERS
+    assert one_hidden_state_a_layer < recomputed < kept[16384] / 2
+
+
+# ---- choosing
+
+
+def test_on_139_gib_nothing_sleeps(sizes):
+    big = plan(sizes, 139)
+    assert big.sleep_level == 0
+    assert big.kv_cache == big.kv_wanted
+    assert big.engine + big.training_state + big.training_peak <= USABLE * big.free
+    assert "nothing sleeps" in big.reason
+
+
+def test_on_40_gib_the_engine_sleeps_at_level_2_and_says_why(sizes):
+    small = plan(sizes, 40)
+    assert small.sleep_level == 2
+    assert "do not fit together" in small.reason and "GiB short" in small.reason
+    assert small.engine + small.training_state <= USABLE * small.free  # awake: beside weights and optimizer
+    assert small.training_state + small.training_peak <= USABLE * small.free  # asleep: beside the activations
+
+
+def test_the_kv_cache_shrinks_with_the_memory_but_never_below_one_sequence(sizes):
+    caches = {}
+    for tenth in range(300, 500):
+        try:
+            got = plan(sizes, tenth / 10, max_num_seqs=512)
+        except MemoryPlanError:
+            assert not caches, f"{tenth / 10} GiB does not fit, though less did"
+            continue
+        caches[tenth / 10] = got.kv_cache
+        assert ONE_SEQUENCE <= got.kv_cache <= got.kv_wanted
+        assert got.engine + got.training_state <= USABLE * got.free
+    assert list(caches.values()) == sorted(caches.values())
+    assert caches[min(caches)] < 512 * ONE_SEQUENCE / 2, "the sweep never reached a shrunken cache"
+
+
+def test_on_16_gib_it_does_not_fit_and_the_message_names_what_helps(sizes):
+    with pytest.raises(MemoryPlanError) as error:
+        plan(sizes, 16)
+    message = str(error.value)
+    assert [flag for flag in FLAGS if flag not in message] == []
+    assert "25.9 GiB" in message and "16.0 GiB" in message  # what takes most, and what there is
+
+
+@pytest.mark.parametrize("level", ["0", "1", "2"])
+def test_a_forced_level_is_respected(sizes, level):
+    for gib in (139, 50):
+        forced = plan(sizes, gib, sleep=level, max_num_seqs=16)
+        assert forced.sleep_level == int(level)
+        assert forced.reason == "asked for"
+
+
+def test_a_forced_level_0_leaves_room_for_training_or_fails(sizes):
+    tight = plan(sizes, 46, sleep="0", max_num_seqs=512)
+    assert tight.kv_cache < tight.kv_wanted
+    assert tight.engine + tight.training_state + tight.training_peak <= USABLE * tight.free
+    with pytest.raises(MemoryPlanError, match="--sleep 2"):
+        plan(sizes, 38, sleep="0")
+    assert plan(sizes, 38, sleep="2").sleep_level == 2
+
+
+# ---- the printed table
+
+
+def test_table_prints_each_part_the_choice_and_its_reason(sizes):
+    small = plan(sizes, 40)
+    table = small.table()
+    parts = (small.engine_weights, small.engine_other, small.kv_cache, small.training_state, small.training_peak)
+    lines = table.splitlines()
+    for part in (*parts, small.free):
+        assert any(line.endswith(f" {part / GIB:.1f} GiB") for line in lines), f"{part / GIB:.1f} GiB is in no row"
+    assert f"wanted {small.kv_wanted / GIB:.1f}" in table
+    assert lines[-1].split(":")[0].strip() == "--sleep 2"
+    assert small.reason in lines[-1]

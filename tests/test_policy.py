@@ -1,0 +1,517 @@
+"""policy.py against the obvious way of doing the same: one sequence at a time, no padding, whole logits, plain AdamW.
+
+Tolerances. fp32 weights: 1e-5. bf16 weights: a logit of size about 1 is rounded to 2^-9 and the hidden states before
+it too, so two orders of the same sums differ by up to 0.02 nats (BF16); gradients are compared by their direction and
+length, since single elements near zero carry no information in bf16.
+"""
+
+import runtime  # noqa: F401  (first: it sets what torch reads at import)
+
+# isort: split
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+import policy as policy_module
+from policy import Batch, Policy, PolicyError, load_model
+
+BF16 = 0.02  # nats
+FP32 = dict(rtol=1e-5, atol=1e-5)
+V = 160
+SHAPE = dict(
+    vocab_size=V,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+)
+CONFIGS = {
+    "qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=32, tie_word_embeddings=False),
+    "llama": LlamaConfig(**SHAPE, tie_word_embeddings=False),
+}
+
+
+def make_model(family: str = "qwen2", dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
+    """Random weights large enough that the log-probs are far from uniform; norms and biases are random too."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]), dtype=torch.float32)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() < 2:
+                p.uniform_(0.5, 1.5) if "norm" in name else p.normal_(std=0.1)
+            else:
+                p.normal_(std=0.15)
+    return model.to(dtype)
+
+
+def make_policy(family: str = "qwen2", dtype: torch.dtype = torch.float32, **options) -> Policy:
+    return Policy(make_model(family, dtype), **options)
+
+
+def make_batch(lengths: list[tuple[int, int]], seed: int = 1) -> Batch:
+    """Random samples of (prompt length, response length)."""
+    g = torch.Generator().manual_seed(seed)
+
+    def ids(n: int) -> list[int]:
+        return torch.randint(V, (n,), generator=g).tolist()
+
+    total = sum(r for _, r in lengths)
+    return Batch(
+        prompt_ids=[ids(p) for p, _ in lengths],
+        response_ids=[ids(r) for _, r in lengths],
+        rollout_logprobs=torch.randn(total, generator=g),
+        advantages=torch.randn(total, generator=g),
+        mask=torch.rand(total, generator=g) > 0.3,
+    )
+
+
+RAGGED = [(3, 5), (1, 9), (12, 2), (7, 1), (1, 1), (4, 20)]
+
+
+def reference(model: torch.nn.Module, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log-probs, entropies): one sequence at a time through the model's own forward, softmax in fp32."""
+    logprobs, entropies = [], []
+    for prompt, response in zip(batch.prompt_ids, batch.response_ids, strict=True):
+        logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0].float() / temperature
+        log_p = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+        logprobs.append(log_p[torch.arange(len(response)), torch.tensor(response)])
+        entropies.append(-(log_p.exp() * log_p).sum(-1))
+    return torch.cat(logprobs), torch.cat(entropies).detach()
+
+
+def gradients(policy: Policy, batch: Batch) -> list[torch.Tensor]:
+    """The accumulated fp32 gradients of sum(advantage * log-prob), then cleared."""
+    logprobs, _ = policy.logprobs(batch)
+    (logprobs * batch.advantages).sum().backward()
+    got = [m.grad.clone() for m in policy._masters]
+    for m in policy._masters:
+        m.grad.zero_()
+    return got
+
+
+def cosine_and_length(a: list[torch.Tensor], b: list[torch.Tensor]) -> tuple[float, float]:
+    x, y = (torch.cat([t.flatten().double() for t in ts]) for ts in (a, b))
+    return float(x @ y / (x.norm() * y.norm())), float(x.norm() / y.norm())
+
+
+def accumulate(policy: Policy, value: float = 1.0) -> None:
+    """Put the same gradient on every weight, without a forward pass."""
+    for master in policy._masters:
+        master.grad.fill_(value)
+
+
+def snapshot(policy: Policy) -> list[torch.Tensor]:
+    """Copies of weights, masters and optimizer state."""
+    state = [t for s in policy.optimizer.state.values() for t in s.values()]
+    return [t.detach().clone() for t in (*policy._weights, *policy._masters, *state)]
+
+
+def bitwise_equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# ---- log-probs
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_fp32_log_probs_entropy_and_gradients_equal_one_sequence_at_a_time(family, temperature):
+    policy, batch = make_policy(family, temperature=temperature), make_batch(RAGGED)
+    plain = make_model(family)
+    expected, entropy = reference(plain, batch, temperature)
+    got, got_entropy = policy.logprobs(batch)
+    assert got.dtype == torch.float32 and not got_entropy.requires_grad
+    torch.testing.assert_close(got, expected, **FP32)
+    torch.testing.assert_close(got_entropy, entropy, **FP32)
+    (expected * batch.advantages).sum().backward()
+    for (name, p), g in zip(plain.named_parameters(), gradients(policy, batch), strict=True):
+        torch.testing.assert_close(g, p.grad, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_bf16_log_probs_and_gradients_equal_one_sequence_at_a_time(family):
+    policy, batch = make_policy(family, torch.bfloat16), make_batch(RAGGED)
+    plain = make_model(family, torch.bfloat16)
+    expected, entropy = reference(plain, batch, 1.0)
+    got, got_entropy = policy.logprobs(batch)
+    assert expected.std() > 0.5, "a uniform model would pass with any token order"
+    assert (got - expected).abs().mean() < BF16 / 4 and (got - expected).abs().max() < BF16 * 4
+    assert (got_entropy - entropy).abs().max() < BF16 * 4
+    (expected * batch.advantages).sum().backward()
+    cosine, length = cosine_and_length(gradients(policy, batch), [p.grad for p in plain.parameters()])
+    assert cosine > 0.999 and abs(length - 1) < 0.01
+
+
+def test_gradients_of_bf16_weights_add_up_in_fp32():
+    """Ones summed in bf16 stop at 256: 256 + 1 rounds back to 256."""
+    model = SimpleModel(torch.ones(2, 2))
+    policy = Policy(model)
+    for _ in range(600):
+        model.weight.sum().backward()
+        assert model.weight.grad is None, "the bf16 gradient must be freed at once"
+    assert policy._masters[0].grad.tolist() == [[600.0, 600.0]] * 2
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_longer_row_changes_nobody_elses_log_probs(family):
+    short, long = make_batch(RAGGED), make_batch([(30, 60)], seed=5)
+    both = Batch(
+        short.prompt_ids + long.prompt_ids,
+        short.response_ids + long.response_ids,
+        *(torch.cat([getattr(short, k), getattr(long, k)]) for k in ("rollout_logprobs", "advantages", "mask")),
+    )
+    tokens = len(short.mask)
+    fp32, bf16 = make_policy(family), make_policy(family, torch.bfloat16)
+    with torch.no_grad():
+        torch.testing.assert_close(fp32.logprobs(both)[0][:tokens], fp32.logprobs(short)[0], **FP32)
+        difference = (bf16.logprobs(both)[0][:tokens] - bf16.logprobs(short)[0]).abs()
+    assert difference.mean() < BF16 / 4 and difference.max() < BF16 * 4
+
+
+def test_log_probs_follow_the_rows_when_rows_are_reordered():
+    policy, batch = make_policy(), make_batch(RAGGED)
+    order = [4, 2, 5, 0, 3, 1]
+    with torch.no_grad():
+        logprobs = policy.logprobs(batch)[0].split([r for _, r in RAGGED])
+        shuffled = policy.logprobs(batch.select(order))[0]
+    torch.testing.assert_close(shuffled, torch.cat([logprobs[i] for i in order]), **FP32)
+
+
+def test_probabilities_of_the_whole_vocabulary_sum_to_one_at_every_temperature():
+    """log-prob of every possible one-token answer: the temperature is inside the softmax, not multiplied after it."""
+    prompt = [3, 1, 4, 1, 5]
+    batch = Batch([prompt] * V, [[t] for t in range(V)], torch.zeros(V), torch.zeros(V), torch.ones(V).bool())
+    spread = {}
+    for temperature in (0.5, 1.0, 2.0):
+        with torch.no_grad():
+            logprobs, entropy = make_policy(temperature=temperature).logprobs(batch)
+        assert float(logprobs.exp().sum()) == pytest.approx(1, abs=1e-4)
+        torch.testing.assert_close(entropy, -(logprobs.exp() * logprobs).sum().expand(V), rtol=1e-4, atol=1e-4)
+        spread[temperature] = logprobs.max() - logprobs.min()
+    assert float(spread[0.5]) == pytest.approx(2 * float(spread[1.0]), rel=1e-4)
+    assert float(spread[2.0]) == pytest.approx(0.5 * float(spread[1.0]), rel=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_a_chunked_head_equals_the_whole_one(rows, monkeypatch):
+    policy, batch = make_policy(), make_batch(RAGGED)
+    whole, whole_entropy = policy.logprobs(batch)
+    whole_gradients = gradients(policy, batch)
+    monkeypatch.setattr(policy_module, "LOGITS_CHUNK_ELEMENTS", rows * V + 1)
+    largest = []
+    head = policy.model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda _m, _i, out: largest.append(out.shape[0]))
+    chunked, entropy = policy.logprobs(batch)
+    assert max(largest) == rows and len(largest) == math.ceil(38 / rows)
+    hook.remove()
+    torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(entropy, whole_entropy, rtol=1e-6, atol=1e-6)
+    for a, b in zip(gradients(policy, batch), whole_gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_vocabulary_larger_than_a_chunk_still_goes_row_by_row(monkeypatch):
+    policy, batch = make_policy(), make_batch(RAGGED)
+    with torch.no_grad():
+        whole = policy.logprobs(batch)[0]
+        monkeypatch.setattr(policy_module, "LOGITS_CHUNK_ELEMENTS", 1)
+        torch.testing.assert_close(policy.logprobs(batch)[0], whole, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_gradient_checkpointing_gives_the_same_gradients_and_keeps_less(family):
+    batch = make_batch(RAGGED)
+    plain, recomputing = make_policy(family), make_policy(family, checkpointing=True)
+    kept = {}
+    for policy in (plain, recomputing):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: (s.append(t.numel()), t)[1], lambda t: t):
+            policy.logprobs(batch)
+        kept[policy] = sum(sizes)
+    assert kept[recomputing] < kept[plain] / 2
+    for a, b in zip(gradients(recomputing, batch), gradients(plain, batch), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [1, 30, 64, 10_000])
+def test_compute_logprobs_gives_the_batchs_order_whatever_the_micro_batches(budget):
+    policy, batch = make_policy(temperature=0.8), make_batch(RAGGED)
+    expected = policy.logprobs(batch)[0].detach()
+    got = policy.compute_logprobs(batch, budget)
+    assert not got.requires_grad
+    torch.testing.assert_close(got, expected, **FP32)
+
+
+# ---- batches
+
+
+@pytest.mark.parametrize("budget", [1, 10, 24, 48, 72, 10_000])
+def test_micro_batches_cover_each_row_once_within_the_budget(budget):
+    batch = make_batch([*RAGGED, (3, 5), (1, 1), (20, 28)])
+    lengths = [len(p) + len(r) for p, r in zip(batch.prompt_ids, batch.response_ids, strict=True)]
+    micro = batch.micro_batches(budget)
+    assert sorted(i for rows in micro for i in rows) == list(range(len(batch)))
+    for rows in micro:
+        assert len(rows) == 1 or max(lengths[i] for i in rows) * len(rows) <= budget
+    longest = lengths.index(48)
+    assert ([longest] in micro) == (budget < 48 + 48), "a sample longer than the budget goes alone"
+    assert budget < 10_000 or len(micro) == 1, "what fits together goes together"
+
+
+def test_micro_batches_sort_by_length_so_that_little_is_padded():
+    batch = make_batch([(2, 2), (30, 30)] * 8)
+    padded = sum(
+        max(len(batch.prompt_ids[i] + batch.response_ids[i]) for i in m) * len(m) for m in batch.micro_batches(480)
+    )
+    assert padded == 8 * 60 + 8 * 4
+
+
+def test_select_keeps_tokens_with_their_sample():
+    lengths = [2, 1, 3]
+    tokens = torch.tensor([0.0, 0.1, 1.0, 2.0, 2.1, 2.2])  # sample.position
+    mask = torch.tensor([True, False, True, False, True, True])
+    batch = Batch([[9], [8, 8], [7]], [[0] * n for n in lengths], tokens, tokens * 2, mask, tokens * 3)
+    got = batch.select([2, 0])
+    assert got.prompt_ids == [[7], [9]] and [len(r) for r in got.response_ids] == [3, 2]
+    wanted = torch.tensor([2.0, 2.1, 2.2, 0.0, 0.1])
+    assert torch.equal(got.rollout_logprobs, wanted)
+    assert torch.equal(got.advantages, wanted * 2) and torch.equal(got.old_logprobs, wanted * 3)
+    assert got.mask.tolist() == [False, True, True, True, False]
+    assert Batch([[1]], [[1]], tokens[:1], tokens[:1], mask[:1]).select([0]).old_logprobs is None
+    assert len(batch) == 3 and torch.equal(batch.rollout_logprobs, tokens), "the batch itself is left as it was"
+
+
+# ---- updates
+
+
+def test_tiny_updates_are_not_lost():
+    """lr 1e-6 on weights of 1 and a constant gradient: AdamW moves lr * g / (|g| + eps) = 1e-6 a step."""
+    lr, steps = 1e-6, 2500
+    model = SimpleModel(torch.ones(4, 4))
+    policy = Policy(model, lr=lr, weight_decay=0.0, max_grad_norm=1e9)
+    naive = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+    naive_adam = torch.optim.AdamW([naive], lr=lr, weight_decay=0.0)
+    moved_at = None
+    for step in range(1, steps + 1):
+        accumulate(policy, 1.0)
+        policy.update()
+        naive.grad = torch.ones_like(naive)
+        naive_adam.step()
+        if moved_at is None and not torch.equal(model.weight, torch.ones(4, 4, dtype=torch.bfloat16)):
+            moved_at = step
+    # fp32 below 1 has steps of 2^-24, so each update is off by 2^-25 at most.
+    torch.testing.assert_close(policy._masters[0], torch.full((4, 4), 1 - lr * steps), rtol=0, atol=steps * 2**-25)
+    assert torch.equal(naive, torch.ones(4, 4, dtype=torch.bfloat16)), "bf16 alone never moves"
+    # bf16 below 1 has steps of 2^-8; rounding turns over at half of one: 2^-9 / 1e-6 = 1953 updates.
+    assert moved_at == pytest.approx(2**-9 / lr, rel=2**-25 / lr)
+    assert torch.equal(model.weight, torch.full((4, 4), 1 - 2**-8, dtype=torch.bfloat16))
+
+
+class SimpleModel(torch.nn.Module):
+    """The least that Policy asks of a model: parameters and a config."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, dtype: torch.dtype = torch.bfloat16):
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight.to(dtype))
+        if bias is not None:
+            self.bias = torch.nn.Parameter(bias.to(dtype))
+        self.config = SimpleNamespace(use_cache=True)
+
+
+def backward(policy: Policy, batch: Batch) -> None:
+    logprobs, _ = policy.logprobs(batch)
+    (logprobs * batch.advantages).sum().backward()
+
+
+def test_weights_are_the_masters_rounded_to_bf16_bit_for_bit():
+    policy, batch = make_policy("qwen3", torch.bfloat16, lr=1e-3), make_batch(RAGGED)
+    for _ in range(3):
+        backward(policy, batch)
+        policy.update()
+        for weight, master in zip(policy._weights, policy._masters, strict=True):
+            assert torch.equal(weight.view(torch.int16), master.to(torch.bfloat16).view(torch.int16))
+    assert any(not torch.equal(w.float(), m) for w, m in zip(policy._weights, policy._masters, strict=True))
+
+
+def test_updates_follow_plain_adamw_on_an_fp32_model():
+    """The same three updates by torch's loop over a model of its own: clip, then AdamW with decay on matrices."""
+    batch = make_batch(RAGGED)
+    policy = make_policy("qwen2", lr=1e-3, weight_decay=0.1, warmup_steps=2, max_grad_norm=0.5)
+    plain = make_model("qwen2")
+    matrices = [p for p in plain.parameters() if p.dim() >= 2]
+    vectors = [p for p in plain.parameters() if p.dim() < 2]
+    adam = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}])
+    for lr in (0.5e-3, 1e-3, 1e-3):
+        for group in adam.param_groups:
+            group["lr"] = lr
+        adam.zero_grad()
+        (reference(plain, batch, 1.0)[0] * batch.advantages).sum().backward()
+        expected_norm = float(torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5))
+        adam.step()
+        backward(policy, batch)
+        norm, applied = policy.update()
+        assert applied and norm == pytest.approx(expected_norm, rel=1e-3)
+    for (name, p), w in zip(plain.named_parameters(), policy.model.parameters(), strict=True):
+        # AdamW's first steps are lr * sign(g): where g is noise, its sign may differ, by 2 lr a step at most.
+        far = (p - w).abs() > 1e-4
+        assert far.float().mean() < 0.01 and (p - w).abs().max() < 6e-3, name
+
+
+def test_state_is_live_and_stays_in_place():
+    policy, batch = make_policy("qwen2", torch.bfloat16, lr=0.01), make_batch(RAGGED)
+    state = policy.state()
+    before = {k: (t.data_ptr(), t.clone()) for k, t in state.items()}
+    assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr(), "tied"
+    for _ in range(2):
+        backward(policy, batch)
+        policy.update()
+    for name, tensor in policy.state().items():
+        assert tensor.data_ptr() == before[name][0], name
+        assert not torch.equal(tensor, before[name][1]), f"{name} did not change with the update"
+        assert torch.equal(state[name], tensor), f"{name}: an old state dict must show the new weights"
+
+
+@pytest.mark.parametrize("budget", [1, 30, 64])
+def test_micro_batches_add_up_to_the_big_batch(budget):
+    batch = make_batch(RAGGED)
+    whole, split = make_policy("qwen3", lr=1e-3), make_policy("qwen3", lr=1e-3)
+    backward(whole, batch)
+    parts = batch.micro_batches(budget)
+    assert len(parts) > 1
+    for rows in parts:
+        backward(split, batch.select(rows))
+    for a, b in zip(whole._masters, split._masters, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+    assert whole.update()[0] == pytest.approx(split.update()[0], rel=1e-5)
+    assert all(not m.grad.any() for m in split._masters), "gradients are cleared for the next step"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_skips_the_update_and_nothing_else(bad):
+    policy, batch = make_policy("qwen2", torch.bfloat16, lr=0.01), make_batch(RAGGED)
+    backward(policy, batch)
+    policy.update()  # so that there is optimizer state to spoil
+    before = snapshot(policy)
+    backward(policy, batch)
+    policy._masters[3].grad.view(-1)[0] = bad
+    norm, applied = policy.update()
+    assert not applied and not math.isfinite(norm)
+    assert (policy.updates, policy.skipped) == (1, 1)
+    assert bitwise_equal(snapshot(policy), before)
+    backward(policy, batch)
+    norm, applied = policy.update()
+    assert applied and math.isfinite(norm)
+    assert (policy.updates, policy.skipped) == (2, 1)
+    after = snapshot(policy)
+    assert all(t.isfinite().all() for t in after) and not bitwise_equal(after, before)
+
+
+def test_a_nan_in_the_loss_is_caught_too():
+    policy, batch = make_policy("qwen2", torch.bfloat16), make_batch(RAGGED)
+    before = snapshot(policy)
+    batch.advantages[4] = math.nan
+    backward(policy, batch)
+    assert policy.update()[1] is False
+    assert bitwise_equal(snapshot(policy), before)
+
+
+def test_warm_up_by_hand():
+    policy = Policy(SimpleModel(torch.ones(2, 2)), lr=8e-4, warmup_steps=4)
+    lrs = []
+    for _ in range(7):
+        lrs.append(policy.current_lr())
+        accumulate(policy)
+        policy.update()
+        assert {g["lr"] for g in policy.optimizer.param_groups} == {lrs[-1]}, "the lr that was announced is applied"
+    assert lrs == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 8e-4, 8e-4, 8e-4])
+    assert Policy(SimpleModel(torch.ones(2, 2)), lr=8e-4, warmup_steps=0).current_lr() == 8e-4
+
+
+def test_weight_decay_acts_on_matrices_alone():
+    model = SimpleModel(torch.full((2, 2), 2.0), bias=torch.full((2,), 2.0))
+    policy = Policy(model, lr=0.1, weight_decay=0.5)
+    accumulate(policy, 0.0)
+    assert policy.update()[1]
+    assert policy._masters[0].tolist() == [[pytest.approx(2 * (1 - 0.1 * 0.5))] * 2] * 2
+    assert policy._masters[1].tolist() == [2.0, 2.0]
+
+
+def test_clipping_by_hand():
+    """Gradients (3, 4) have norm 5; clipped to 1 they are (0.6, 0.8). Adam's first moment shows what it was given."""
+    model = SimpleModel(torch.zeros(1, 1), bias=torch.zeros(1))
+    policy = Policy(model, lr=0.1, max_grad_norm=1.0, betas=(0.9, 0.999))
+    policy._masters[0].grad.fill_(3.0)
+    policy._masters[1].grad.fill_(4.0)
+    norm, _ = policy.update()
+    assert norm == pytest.approx(5.0), "the norm is reported before clipping"
+    moments = [float(policy.optimizer.state[m]["exp_avg"]) for m in policy._masters]
+    assert moments == pytest.approx([0.1 * 0.6, 0.1 * 0.8], rel=1e-4)
+    below = Policy(SimpleModel(torch.zeros(1, 1)), lr=0.1, max_grad_norm=1.0)
+    below._masters[0].grad.fill_(0.25)
+    below.update()
+    assert float(below.optimizer.state[below._masters[0]]["exp_avg"]) == pytest.approx(0.1 * 0.25, rel=1e-4)
+
+
+def test_an_update_raises_the_log_prob_of_what_was_rewarded():
+    policy, batch = make_policy("llama", torch.bfloat16, lr=1e-3), make_batch([(4, 3), (5, 3)])
+    batch.advantages = torch.tensor([1.0] * 3 + [-1.0] * 3)
+    before = policy.compute_logprobs(batch, 1000)
+    for _ in range(5):
+        logprobs, _ = policy.logprobs(batch)
+        (-logprobs * batch.advantages).mean().backward()
+        policy.update()
+    change = policy.compute_logprobs(batch, 1000) - before
+    assert change[:3].mean() > 0.1 and change[3:].mean() < -0.1
+
+
+# ---- files
+
+
+class NoTokenizer:
+    def save_pretrained(self, folder):
+        (folder / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_saved_policy_opens_with_the_same_weights(family, tmp_path):
+    policy, batch = make_policy(family, torch.bfloat16, lr=0.01, checkpointing=True), make_batch(RAGGED)
+    backward(policy, batch)
+    policy.update()
+    policy.save(tmp_path, NoTokenizer())
+    assert (tmp_path / "tokenizer.json").exists()
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").state_dict()
+    state = policy.state()
+    assert opened.keys() == state.keys()
+    for name, tensor in state.items():
+        assert opened[name].dtype == torch.bfloat16 and torch.equal(opened[name], tensor), name
+
+
+def test_load_model_gives_bf16_weights_of_the_folder(tmp_path):
+    model = make_model("qwen3", torch.float32)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), torch.device("cpu"))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor.to(torch.bfloat16)), name
+
+
+def test_load_model_names_the_flag_where_there_is_no_model(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "missing", tmp_path / "empty"):
+        with pytest.raises(PolicyError) as error:
+            load_model(str(path), torch.device("cpu"))
+        assert f"--model {path}" in str(error.value)
+
+
+def test_load_model_names_the_flag_where_the_weights_are_broken(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(PolicyError, match="--model"):
+        load_model(str(tmp_path), torch.device("cpu"))

@@ -1,0 +1,187 @@
+"""run_folder.py: no run overwrites another, every line is JSON, no key leaks, no half-written checkpoint has a name."""
+
+import runtime  # noqa: F401  (first: it sets what torch reads at import)
+
+# isort: split
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+import run_folder
+from run_folder import RunFolder, RunFolderError, default_run_name
+
+
+def lines(path: Path) -> list[dict]:
+    """Every line as strict JSON: NaN and Infinity, which json.loads takes by default, are refused."""
+
+    def refuse(constant: str):
+        raise AssertionError(f"{constant} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def run(tmp_path) -> RunFolder:
+    return RunFolder(str(tmp_path / "runs"), "a", {"lr": 1e-6, "path": Path("x")})
+
+
+# ---- the folder
+
+
+def test_an_existing_folder_is_refused_and_left_alone(run, tmp_path):
+    (run.path / "metrics.jsonl").write_text("kept\n")
+    config = (run.path / "config.json").read_text()
+    with pytest.raises(RunFolderError) as error:
+        RunFolder(str(tmp_path / "runs"), "a", {"lr": 5})
+    assert "--run-name" in str(error.value) and str(run.path) in str(error.value)
+    assert (run.path / "metrics.jsonl").read_text() == "kept\n"
+    assert (run.path / "config.json").read_text() == config
+
+
+def test_a_runs_dir_that_is_a_file_is_refused(tmp_path):
+    file = tmp_path / "runs"
+    file.write_text("")
+    with pytest.raises(RunFolderError, match="--runs-dir") as error:
+        RunFolder(str(file), "a", {})
+    assert str(file) in str(error.value)
+    assert file.read_text() == ""
+
+
+def test_parents_are_made_and_two_names_live_side_by_side(tmp_path):
+    deep = tmp_path / "not" / "there" / "yet"
+    first, second = RunFolder(str(deep), "a", {}), RunFolder(str(deep), "b", {})
+    assert first.path == deep / "a" and second.path == deep / "b"
+
+
+def test_default_name_holds_the_model_and_is_one_folder():
+    for model in ("Qwen/Qwen2.5-1.5B-Instruct", "/models/Qwen2.5-1.5B-Instruct", "models/Qwen2.5-1.5B-Instruct/"):
+        name = default_run_name(model)
+        assert name.startswith("Qwen2.5-1.5B-Instruct-2") and "/" not in name
+
+
+# ---- config.json, env.json
+
+
+def test_config_and_environment_are_json_and_hold_what_a_reader_needs(run):
+    assert json.loads((run.path / "config.json").read_text()) == {"lr": 1e-6, "path": "x"}
+    env = json.loads((run.path / "env.json").read_text())
+    assert env["versions"]["torch"].split("+")[0] == run_folder.torch.__version__.split("+")[0]
+    assert env["versions"]["transformers"] and env["python"] and env["platform"]
+    assert env["command"] and env["cpu_count"] >= 1
+    assert {"git_commit", "git_diff", "gpus", "omp_num_threads"} <= env.keys()
+
+
+def test_no_secret_of_the_environment_is_in_any_file(tmp_path, monkeypatch):
+    secrets = {name: f"marker-of-{name.lower()}" for name in ("WANDB_API_KEY", "HF_TOKEN", "OPENAI_API_KEY", "SECRET")}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    run = RunFolder(str(tmp_path), "a", {"model": "m"})
+    run.log({"step": 1, "train/loss": 0.5})
+    run.log_samples([{"step": 1, "text": "t"}])
+    run.save_checkpoint(1, lambda folder: (folder / "w").write_text("w"))
+    files = [f for f in run.path.rglob("*") if f.is_file()]
+    assert len(files) == 5
+    for file in files:
+        found = [v for v in secrets.values() if v in file.read_text()]
+        assert found == [], f"{file.name} holds a secret"
+
+
+def test_without_git_the_environment_is_still_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git there
+    env = json.loads((RunFolder(str(tmp_path), "a", {}).path / "env.json").read_text())
+    assert env["git_commit"] is None and env["git_diff"] is None
+
+
+# ---- lines
+
+
+def test_values_that_are_not_finite_become_null(run):
+    run.log({"step": 1, "a/nan": math.nan, "a/inf": math.inf, "a/minus": -math.inf, "a/fine": 0.25, "a/count": 3})
+    run.log({"step": 2, "a/nan": 1.0})
+    assert lines(run.path / "metrics.jsonl") == [
+        {"step": 1, "a/nan": None, "a/inf": None, "a/minus": None, "a/fine": 0.25, "a/count": 3},
+        {"step": 2, "a/nan": 1.0},
+    ]
+
+
+def test_samples_keep_their_text_on_one_line_each(run):
+    texts = ["two\nlines", 'quotes " and \\', "\u2028 separator", "ünïcode 中文", "\x00\x1b[0m", ""]
+    run.log_samples([{"step": 1, "text": t} for t in texts])
+    run.log_samples([{"step": 2, "text": "later"}])
+    raw = (run.path / "samples.jsonl").read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line)["text"] for line in raw if line] == [*texts, "later"]
+
+
+# ---- checkpoints
+
+
+def write_weights(content: str):
+    return lambda folder: (folder / "model.safetensors").write_text(content) and None
+
+
+def names(run: RunFolder) -> list[str]:
+    folder = run.path / "checkpoints"
+    return sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+
+
+def test_a_checkpoint_bears_its_step_and_holds_what_was_written(run):
+    path = run.save_checkpoint(7, write_weights("seven"))
+    assert path == run.path / "checkpoints" / "step-000007"
+    assert (path / "model.safetensors").read_text() == "seven"
+    assert names(run) == ["step-000007"]
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), RuntimeError("I/O error 28")], ids=repr)
+def test_a_writer_that_fails_leaves_nothing_under_either_name(run, failure):
+    """A full disk is an OSError from Python's files and another class from the serializer of the weights."""
+
+    def write(folder: Path) -> None:
+        (folder / "model.safetensors").write_text("half")
+        raise failure
+
+    with pytest.raises((RunFolderError, type(failure))):
+        run.save_checkpoint(7, write)
+    assert names(run) == []
+    run.save_checkpoint(7, write_weights("seven"))
+    assert names(run) == ["step-000007"], "the same step can be saved once there is room again"
+
+
+def test_an_interrupt_while_writing_leaves_no_folder_with_the_final_name(run):
+    def write(folder: Path) -> None:
+        (folder / "model.safetensors").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.save_checkpoint(7, write)
+    assert "step-000007" not in names(run)
+
+
+def test_a_full_disk_is_an_error_that_names_the_checkpoint(run):
+    def write(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(RunFolderError, match=r"step-000007.*No space left"):
+        run.save_checkpoint(7, write)
+
+
+def test_a_second_save_of_a_step_does_not_rewrite(run):
+    first = run.save_checkpoint(7, write_weights("first"))
+    stamp = (first / "model.safetensors").stat().st_mtime_ns
+
+    def never(folder: Path) -> None:
+        raise AssertionError("written twice")
+
+    assert run.save_checkpoint(7, never) == first
+    assert (first / "model.safetensors").read_text() == "first"
+    assert (first / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_what_an_interrupted_save_left_is_cleared_by_the_next(run):
+    left = run.path / "checkpoints" / "step-000007.tmp"
+    left.mkdir(parents=True)
+    (left / "stale").write_text("stale")
+    path = run.save_checkpoint(7, write_weights("seven"))
+    assert sorted(p.name for p in path.iterdir()) == ["model.safetensors"]
+    assert names(run) == ["step-000007"]
