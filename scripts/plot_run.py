@@ -1,6 +1,9 @@
 """Print what a run reached, and draw its curves from metrics.jsonl into curves.png in the run folder.
 
-python scripts/plot_run.py runs/NAME
+What it leaves out: comparing several runs.
+
+    python scripts/plot_run.py runs/NAME
+    python scripts/plot_run.py runs/NAME --table     # and a Markdown table of the steps
 """
 
 import argparse
@@ -16,6 +19,27 @@ PANELS = [
     ("response length (tokens)", ["response/length_mean"]),
     ("gradient norm", ["train/grad_norm"]),
     ("seconds", ["time/rollout", "time/train", "time/step"]),
+]
+
+TABLE = [
+    ("step", "step", "d"),
+    ("reward", "reward/mean", ".3f"),
+    ("held-out", "eval/accuracy", ".3f"),
+    ("mixed", "sampling/groups_mixed", "d"),
+    ("drawn", "sampling/groups_drawn", "d"),
+    ("length", "response/length_mean", ".0f"),
+    ("abs dlogp", "mismatch/abs_dlogp_mean", ".4f"),
+    ("k3", "mismatch/kl_k3", ".4f"),
+    ("ESS", "mismatch/ess", ".4f"),
+    ("capped", "mismatch/capped_share", ".2%"),
+    ("grad norm", "train/grad_norm", ".2f"),
+    ("entropy", "train/entropy", ".3f"),
+    ("tok/s", "speed/rollout_tokens_per_s", ".0f"),
+    ("rollout s", "time/rollout", ".2f"),
+    ("train s", "time/train", ".2f"),
+    ("sync ms", "time/sync", "ms"),
+    ("verify ms", "time/verify", "ms"),
+    ("step s", "time/step", ".2f"),
 ]
 
 
@@ -36,11 +60,30 @@ def series(rows: list[dict[str, float]], key: str) -> tuple[list[float], list[fl
     return [s for s, _ in points], [v for _, v in points]
 
 
+def print_table(rows: list[dict[str, float]]) -> None:
+    """A Markdown table, one line a step."""
+
+    def cell(row: dict[str, float], key: str, form: str) -> str:
+        value = row.get(key)
+        if value is None:
+            return ""
+        return f"{value * 1e3:.0f}" if form == "ms" else format(value, form)
+
+    print("| " + " | ".join(name for name, *_ in TABLE) + " |")
+    print("|---" * len(TABLE) + "|")
+    for row in rows:
+        print("| " + " | ".join(cell(row, key, form) for _, key, form in TABLE) + " |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+    parser.add_argument("--table", action="store_true", help="print a Markdown table of the steps")
+    args = parser.parse_args()
+    folder = args.folder
     rows = read_metrics(folder)
+    if args.table:
+        print_table(rows)
     steps, accuracy = series(rows, "eval/accuracy")
     if accuracy:
         print(
