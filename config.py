@@ -1,6 +1,7 @@
 """The arguments of a run: one frozen dataclass, which is also `--help` and `config.json`."""
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +12,14 @@ TINY_MODEL = str(Path(__file__).resolve().parent / "assets" / "tiny-adder")
 # Flags left at None take these values: the built-in model wants other sizes than a real one.
 TINY_DEFAULTS: dict[str, Any] = {
     "data": "arithmetic",
-    "steps": 50,
+    "steps": 60,
     "prompts_per_step": 32,
-    "samples_per_prompt": 16,
+    "samples_per_prompt": 8,
     "max_prompt_len": 32,
     "max_response_len": 8,
     "lr": 3e-4,
-    "micro_batch_tokens": 16384,
     "eval_size": 512,
-    "eval_every": 10,
+    "eval_every": 20,
 }
 REAL_DEFAULTS: dict[str, Any] = {
     "data": "gsm8k",
@@ -29,7 +29,6 @@ REAL_DEFAULTS: dict[str, Any] = {
     "max_prompt_len": 512,
     "max_response_len": 1024,
     "lr": 1e-6,
-    "micro_batch_tokens": 16384,
     "eval_size": 512,
     "eval_every": 10,
 }
@@ -59,6 +58,8 @@ class Args:
     """Held-out data, as --data. None: the test split of --data, or a part of it held out."""
     eval_size: int | None = None
     """Held-out prompts to evaluate on (greedy); 0 for none. None: 512."""
+    chat_template_kwargs: str = "{}"
+    """JSON for the chat template, e.g. '{"enable_thinking": false}' for Qwen3."""
     reward: str | None = None
     """Your own reward, file.py:function, called as function(completion, answer, row). None: the data's own."""
 
@@ -81,11 +82,11 @@ class Args:
     """Size of the KV cache, GiB. None: room for max_num_seqs full sequences, less if memory is short."""
 
     steps: int | None = None
-    """Training steps. None: 100; 50."""
+    """Training steps. None: 100; 60."""
     prompts_per_step: int | None = None
     """Prompts (groups) trained on in a step. None: 64; 32."""
     samples_per_prompt: int | None = None
-    """Responses drawn for each prompt (the group), at least 2. None: 8; 16."""
+    """Responses drawn for each prompt (the group), at least 2. None: 8."""
     max_prompt_len: int | None = None
     """Longest prompt, tokens; longer ones are dropped and counted. None: 512; 32."""
     max_response_len: int | None = None
@@ -106,9 +107,9 @@ class Args:
     updates_per_batch: int = 1
     """Optimizer updates for each batch of rollouts; above 1 the trainer recomputes old log-probs first."""
     micro_batch_tokens: int | None = None
-    """Padded tokens in a forward and backward pass. None: 16384."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: a quarter slower, much less memory."""
+    """Padded tokens in a forward and backward pass. None: from the memory plan, 16384 where there is room."""
+    gradient_checkpointing: bool | None = None
+    """Recompute activations in the backward pass: slower by a quarter, much less memory. None: from the memory plan."""
 
     clip_low: float = 0.2
     """Lower clip range of the policy ratio."""
@@ -126,7 +127,7 @@ class Args:
     seed: int = 0
     """Order of the prompts and the sampler's randomness."""
     eval_every: int | None = None
-    """Evaluate every this many steps, and before the first and after the last; 0 for never. None: 10."""
+    """Evaluate every this many steps, and before the first and after the last; 0 for never. None: 10; 20."""
     save_every: int = 0
     """Checkpoint every this many steps; 0 only at the end."""
     run_name: str | None = None
@@ -158,11 +159,18 @@ class Args:
 
     def _check(self) -> None:
         for name in POSITIVE:
-            if not getattr(self, name) > 0 or not math.isfinite(getattr(self, name)):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{_flag(name)} is {getattr(self, name)}; it must be greater than 0")
         for name in AT_LEAST_ZERO:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{_flag(name)} is {getattr(self, name)}; it must be 0 or more, and finite")
+        try:
+            valid = isinstance(json.loads(self.chat_template_kwargs), dict)
+        except json.JSONDecodeError:
+            valid = False
+        if not valid:
+            raise ConfigError(f"--chat-template-kwargs {self.chat_template_kwargs} is not a JSON object")
         if self.samples_per_prompt < 2:
             raise ConfigError(
                 f"--samples-per-prompt is {self.samples_per_prompt}; a group needs at least 2 samples, since each "

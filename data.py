@@ -327,20 +327,23 @@ def load_data(data: str, eval_data: str | None, eval_size: int) -> tuple[list[Ex
     return kept, evaluation
 
 
-def encode_prompts(examples: Sequence[Example], tokenizer, max_prompt_len: int) -> tuple[list[Prompt], int]:
+def encode_prompts(
+    examples: Sequence[Example], tokenizer, max_prompt_len: int, template_kwargs: dict | None = None
+) -> tuple[list[Prompt], int]:
     """Tokenize chat prompts (generation prompt added); returns the prompts and how many were too long and dropped.
 
-    `max_prompt_len` is in tokens. Raises DataError if the tokenizer has no chat template, if the template refuses a
-    prompt, or if nothing is left.
+    `max_prompt_len` is in tokens; `template_kwargs` go to the chat template. Raises DataError if the tokenizer has no
+    chat template, if the template refuses a prompt, or if nothing is left.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
             "--model: its tokenizer has no chat_template; take an instruct model, or save a template with the tokenizer"
         )
+    options = {**(template_kwargs or {}), "tokenize": False, "add_generation_prompt": True}
     texts = []
     for example in examples:
         try:
-            texts.append(tokenizer.apply_chat_template(example.messages, tokenize=False, add_generation_prompt=True))
+            texts.append(tokenizer.apply_chat_template(example.messages, **options))
         except Exception as error:
             raise DataError(f"{example.id}: the model's chat template refuses this prompt ({error})") from error
     ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []

@@ -11,6 +11,7 @@ import torch
 
 GIB = 2**30
 USABLE = 0.94  # of the free memory: the rest is for fragmentation and libraries' workspaces
+MICRO_BATCH_CHOICES = (16384, 8192, 4096)  # tokens, in order of preference
 TRAIN_BYTES_PER_PARAMETER = 2 + 4 + 4 + 8  # bf16 weight, fp32 gradient, fp32 master, two fp32 Adam moments
 
 
@@ -31,12 +32,12 @@ class ModelSizes:
     vocab: int
 
 
-def model_sizes(config: Any) -> ModelSizes:
-    """Sizes of the causal LM that `config` (transformers) describes."""
+def model_sizes(config: Any, trust_remote_code: bool = False) -> ModelSizes:
+    """Sizes of the causal LM that `config` (transformers) describes. Raises ValueError if it describes none."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n]
@@ -53,35 +54,40 @@ def model_sizes(config: Any) -> ModelSizes:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What was decided and from which figures (bytes)."""
+    """What was decided, and from which figures (bytes)."""
 
-    free: int
-    engine_weights: int
-    engine_other: int
-    kv_cache: int
-    kv_wanted: int
-    training_state: int
-    training_peak: int
     sleep_level: int
+    checkpointing: bool
+    micro_batch_tokens: int
+    kv_cache: int
     reason: str
+    kv_wanted: int = 0
+    free: int = 0
+    engine_weights: int = 0
+    engine_workspace: int = 0  # while generating
+    engine_graphs: int = 0  # stay even while the engine sleeps
+    training_state: int = 0
+    training_peak: int = 0
 
     @property
     def engine(self) -> int:
         """Bytes of the awake engine."""
-        return self.engine_weights + self.engine_other + self.kv_cache
+        return self.engine_weights + self.engine_graphs + self.engine_workspace + self.kv_cache
 
     def table(self) -> str:
         """The plan as text, in GiB."""
         rows = [
             ("engine weights", self.engine_weights),
-            ("engine CUDA graphs, workspace", self.engine_other),
+            ("engine CUDA graphs, workspace", self.engine_graphs + self.engine_workspace),
             (f"KV cache (wanted {self.kv_wanted / GIB:.1f})", self.kv_cache),
             ("policy, gradients, master, Adam", self.training_state),
             ("activations, logits while training", self.training_peak),
             ("free on the device", self.free),
         ]
         lines = [f"  {name:<36}{size / GIB:8.1f} GiB" for name, size in rows]
-        return "\n".join(["memory plan", *lines, f"  --sleep {self.sleep_level}: {self.reason}"])
+        kept = "recomputed" if self.checkpointing else "kept"
+        choice = f"  activations {kept}, {self.micro_batch_tokens} tokens a micro-batch; --sleep {self.sleep_level}"
+        return "\n".join(["memory plan", *lines, f"{choice}: {self.reason}"])
 
 
 def plan_memory(
@@ -91,52 +97,62 @@ def plan_memory(
     fp8: bool,
     max_model_len: int,
     max_num_seqs: int,
-    micro_batch_tokens: int,
-    checkpointing: bool,
+    micro_batch_tokens: int | None,
+    checkpointing: bool | None,
     sleep: str,
     kv_cache_gib: float | None = None,
 ) -> MemoryPlan:
-    """Decide sleep level and KV cache size for `free` bytes.
+    """Decide sleep level, activation checkpointing, micro-batch size and KV cache for `free` bytes.
 
-    The engine stays resident when everything fits together with a KV cache for `max_num_seqs` full sequences; else it
-    sleeps at level 2 while the policy trains (the sync writes every weight anyway) and the KV cache gets what the
-    training state leaves. `sleep` is auto, 0, 1 or 2. Raises MemoryPlanError if not even one sequence fits.
+    `micro_batch_tokens` and `checkpointing` are chosen where they are None, `sleep` where it is "auto"; the first that
+    fits is taken, in order of what it costs: smaller micro-batches, recomputed activations, then an engine that sleeps
+    at level 2 while the policy trains (the sync writes every weight anyway). An engine that stays has a KV cache for
+    `max_num_seqs` full sequences; one that sleeps has what the training state leaves. Raises MemoryPlanError if nothing
+    fits.
     """
     s = sizes
-    weights = 2 * s.parameters - (s.linear_parameters if fp8 else 0)
-    engine_other = 2 * GIB + 12 * max_num_seqs * s.vocab  # sampler: a few fp32 copies of the logits
-    wanted = s.kv_bytes_per_token * (max_model_len + 16) * max_num_seqs
-    if kv_cache_gib is not None:
-        wanted = int(kv_cache_gib * GIB)
-    least = s.kv_bytes_per_token * (max_model_len + 16)
-    state = TRAIN_BYTES_PER_PARAMETER * s.parameters
-    block = micro_batch_tokens * (13 * s.hidden + 4.5 * s.intermediate) * 2  # what one layer keeps for backward
-    activations = int(micro_batch_tokens * s.layers * s.hidden * 2 + block if checkpointing else s.layers * block)
-    peak = activations + 4 * GIB  # chunked logits and their gradient
     usable = int(free * USABLE)
+    weights = 2 * s.parameters - (s.linear_parameters if fp8 else 0)
+    graphs = 2 * GIB
+    workspace = 12 * max_num_seqs * s.vocab  # sampler: a few fp32 copies of the logits
+    least = s.kv_bytes_per_token * (max_model_len + 16)
+    wanted = least * max_num_seqs if kv_cache_gib is None else int(kv_cache_gib * GIB)
+    state = TRAIN_BYTES_PER_PARAMETER * s.parameters
 
-    def plan(level: int, kv: int, reason: str) -> MemoryPlan:
-        return MemoryPlan(free, weights, engine_other, kv, wanted, state, peak, level, reason)
+    def try_plan(level: int, checkpoint: bool, tokens: int) -> tuple[bool, MemoryPlan]:
+        length = max(tokens, max_model_len)  # a sample longer than the budget goes alone
+        block = length * (13 * s.hidden + 4.5 * s.intermediate) * 2  # what one layer keeps for backward
+        activations = int(length * s.layers * s.hidden * 2 + block if checkpoint else s.layers * block)
+        peak = activations + 5 * GIB + 4 * s.vocab * s.hidden  # logits by chunks, and the head's gradient
+        training = state + peak + graphs
+        awake = weights + graphs + workspace + (training - graphs if level == 0 else state)
+        kv = min(wanted, usable - awake)
+        enough = wanted if level == 0 and sleep == "auto" else least
+        fits = kv >= enough and training <= usable
+        if sleep != "auto":
+            reason = "asked for"
+        elif level == 0:
+            reason = "engine, policy and optimizer fit together, so nothing sleeps"
+        else:
+            reason = (
+                f"they do not fit together ({(awake + peak + wanted - usable) / GIB:.1f} GiB short); the sync rewrites "
+                "every weight, so none is kept on the host"
+            )
+        return fits, MemoryPlan(
+            level, checkpoint, tokens, kv, reason, wanted, free, weights, workspace, graphs, state, peak
+        )
 
-    beside_training = usable - weights - engine_other - state - peak
-    beside_state = usable - weights - engine_other - state
-    forced = None if sleep == "auto" else int(sleep)
-    if forced == 0 or (forced is None and beside_training >= wanted):
-        kv, level = min(wanted, beside_training), 0
-        reason = "asked for" if forced == 0 else "engine, policy and optimizer fit together, so nothing sleeps"
-    else:
-        kv, level = min(wanted, beside_state), 2 if forced is None else forced
-        reason = (
-            "asked for"
-            if forced is not None
-            else f"they do not fit together ({(wanted - beside_training) / GIB:.1f} GiB short); the sync rewrites "
-            "every weight, so none is kept on the host"
-        )
-    chosen = plan(level, kv, reason)
-    if kv < least or state + peak > usable:
-        raise MemoryPlanError(
-            f"this run does not fit on the GPU.\n{chosen.table()}\n"
-            "What helps: a smaller --model; smaller --max-response-len, --max-num-seqs or --micro-batch-tokens; "
-            "--gradient-checkpointing; --sleep 2; --kv-cache-gib left out; other programs off the GPU"
-        )
-    return chosen
+    levels = (0, 2) if sleep == "auto" else (int(sleep),)
+    checkpoints = (False, True) if checkpointing is None else (checkpointing,)
+    sizes_of_micro_batch = MICRO_BATCH_CHOICES if micro_batch_tokens is None else (micro_batch_tokens,)
+    for level in levels:
+        for checkpoint in checkpoints:
+            for tokens in sizes_of_micro_batch:
+                fits, plan = try_plan(level, checkpoint, tokens)
+                if fits:
+                    return plan
+    raise MemoryPlanError(
+        f"this run does not fit on the GPU.\n{plan.table()}\n"
+        "What helps: a smaller --model; smaller --max-response-len, --max-num-seqs or --micro-batch-tokens; "
+        "--gradient-checkpointing; --sleep 2; --kv-cache-gib left out; other programs off the GPU"
+    )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+FAMILIES = ("qwen2", "qwen3", "llama")  # logits = head(last hidden state): no scaling, no soft cap
 LOGITS_CHUNK_ELEMENTS = 1 << 28  # logits are made for this many elements at a time: 1 GiB in fp32
 
 
@@ -93,7 +94,7 @@ class Policy:
     """The model with its optimizer.
 
     Args:
-        model: HF causal LM, bf16, on its device. Its tensors stay where they are for the whole run.
+        model: HF causal LM of one of FAMILIES, bf16, on its device. Its tensors stay where they are for the whole run.
         lr, weight_decay, betas: AdamW; weight decay on matrices alone.
         warmup_steps: linear warm-up, then a constant lr.
         max_grad_norm: global norm to clip to.
@@ -113,6 +114,11 @@ class Policy:
         temperature: float = 1.0,
         checkpointing: bool = False,
     ):
+        if model.config.model_type not in FAMILIES:
+            raise PolicyError(
+                f"the model family '{model.config.model_type}' is not known to make its logits by the head alone, from "
+                f"the last hidden state; the families that are: {', '.join(FAMILIES)}"
+            )
         self.model = model
         self.device = next(model.parameters()).device
         self.temperature, self.max_grad_norm = temperature, max_grad_norm
@@ -121,10 +127,15 @@ class Policy:
         self.skipped = 0  # not applied: the gradient norm was not finite
         model.config.use_cache = False
         model.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # a policy whose log-probs are random has no ratio to anything
+            elif hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._weights = [p for p in model.parameters() if p.requires_grad]
-        self._masters = [p.detach().float().clone() for p in self._weights]
+        self._masters = [p.detach().to(torch.float32, copy=True) for p in self._weights]
         for master in self._masters:
             master.grad = torch.zeros_like(master)
         for weight, master in zip(self._weights, self._masters, strict=True):
@@ -203,10 +214,6 @@ class Policy:
             self.skipped += 1
         torch._foreach_zero_([m.grad for m in self._masters])
         return norm, applied
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """The HF state dict: the tensors themselves, for the sync to read in place (tied names share storage)."""
-        return self.model.state_dict()
 
     def save(self, folder: Path, tokenizer: Any) -> None:
         """Write the bf16 weights and the tokenizer in HF layout (safetensors), which vLLM and transformers open."""

@@ -14,6 +14,7 @@ log-probs come as flat lists, and the garbage collector rests while it generates
 import contextlib
 import gc
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -91,8 +92,14 @@ class Engine:
         seed: int = 0,
         trust_remote_code: bool = False,
     ):
-        vllm = _import_vllm()
-        on_gpu = _check_platform(quant)
+        on_gpu = check_platform(quant)
+        import vllm
+
+        if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
+            raise EngineError(
+                "VLLM_ENABLE_V1_MULTIPROCESSING must be 0 (import runtime first sets it): in a process of its own the "
+                "engine's tensors could not be written in place"
+            )
         if not on_gpu:
             _prepare_cpu_backend()
             sleep_level = 0
@@ -123,7 +130,10 @@ class Engine:
                 use_tqdm_on_load=False,
             )
         except (OSError, ValueError, RuntimeError) as error:  # torch's out-of-memory error is a RuntimeError
-            raise EngineError(f"vLLM could not build the engine for {model}: {error}") from error
+            raise EngineError(
+                f"vLLM could not build the engine for {model}: {error}\n"
+                "Its memory is decided by --kv-cache-gib, --max-num-seqs, --max-prompt-len and --max-response-len"
+            ) from error
         finally:
             torch.random.set_rng_state(state)  # LLM() seeds torch globally
         self.model: torch.nn.Module = self.llm.apply_model(lambda module: module)[0]
@@ -274,28 +284,28 @@ def _no_garbage_collection() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _import_vllm() -> Any:
+def _import_vllm() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")  # of its own imports
     try:
-        import vllm
+        import vllm  # noqa: F401
     except ImportError as error:
         raise EngineError(
             f"vLLM cannot be imported ({error}). Install it with `pip install -r requirements.txt` on a GPU, or run "
             "scripts/quickstart.sh, which also knows the CPU build"
         ) from error
-    return vllm
 
 
-def _check_platform(quant: str) -> bool:
-    """True on a GPU, False on a CPU; EngineError where vLLM's build, the machine and `quant` do not fit together."""
+def check_platform(quant: str) -> bool:
+    """True on a GPU, False on a CPU; EngineError where vLLM, the machine and `quant` do not fit together."""
+    _import_vllm()
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
         return False
     if not torch.cuda.is_available():
         raise EngineError(
-            "this vLLM is a GPU build and torch sees no GPU. On a CPU install requirements-cpu.txt "
-            "(scripts/quickstart.sh does it)"
+            "this vLLM is a GPU build and torch sees no GPU: if there is one, its driver is missing, hidden "
+            "(CUDA_VISIBLE_DEVICES) or too old. On a CPU install requirements-cpu.txt (scripts/install.sh does it)"
         )
     major, minor = torch.cuda.get_device_capability()
     if quant == "fp8" and (major, minor) < (8, 9):
@@ -311,14 +321,19 @@ def _prepare_cpu_backend() -> None:
 
     1. The AVX2 build registers the FP8 quantization ops as empty stubs. The ops are given here in plain torch, and
        vLLM's own online-FP8 layers then run on torch._scaled_mm.
-    2. oneDNN would repack bf16 weights and leave empty tensors behind, which no sync can write: it is switched off.
+    2. oneDNN, and on processors with AMX the sgl and FP8 kernels, repack weights into copies of their own: a sync would
+       write tensors that nothing reads. They are switched off; torch's own kernels read the live weights.
     3. torch.compile of the sampler's small functions costs 20 s at the first step and gains nothing here.
     """
     import torch._dynamo
     from vllm import _custom_ops as ops
+    from vllm.model_executor.layers import utils as layers
 
     torch._dynamo.config.disable = True
     ops._supports_onednn = False
+    ops._supports_cpu_fp8_w8a16 = False
+    ops.cpu_has_amx_fp8 = lambda: False
+    layers.check_cpu_sgl_kernel = lambda n, k, dtype: False
     ops.scaled_fp8_quant = _scaled_fp8_quant
 
 

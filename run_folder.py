@@ -64,8 +64,10 @@ class RunFolder:
             aside.mkdir(parents=True)
             write(aside)
             aside.rename(final)
-        except Exception as error:  # safetensors reports a full disk by an error of its own
+        except BaseException as error:  # safetensors reports a full disk by an error of its own; a second Ctrl-C too
             shutil.rmtree(aside, ignore_errors=True)
+            if isinstance(error, KeyboardInterrupt):
+                raise
             raise RunFolderError(f"the checkpoint {final} could not be written: {error}") from error
         return final
 
@@ -83,6 +85,9 @@ def check_free(runs_dir: str, name: str) -> Path:
     path = Path(runs_dir) / name
     if path.exists():
         raise RunFolderError(f"{path} exists already; choose another --run-name (or none)")
+    existing = next(p for p in [path.parent.absolute(), *path.parent.absolute().parents] if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise RunFolderError(f"--runs-dir {runs_dir} cannot be written: {existing} is no writable folder")
     return path
 
 
@@ -98,9 +103,16 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def _start_wandb(name: str, config: dict[str, Any], folder: Path) -> Any:
     try:
         import wandb
+
+        return wandb.init(project="rollout8", name=name, config=config, dir=str(folder))
     except ImportError as error:
+        shutil.rmtree(folder)  # nothing but this run's config is in it yet
         raise RunFolderError("--wandb needs the package wandb: pip install wandb") from error
-    return wandb.init(project="rollout8", name=name, config=config, dir=str(folder))
+    except Exception as error:
+        shutil.rmtree(folder)
+        raise RunFolderError(
+            f"--wandb could not start: {error}. Run `wandb login`, set WANDB_MODE=offline, or leave --wandb out"
+        ) from error
 
 
 def _environment() -> dict[str, Any]:
@@ -129,7 +141,9 @@ def _git(*args: str) -> str | None:
     """Output of a git command in the repository of this file; None where there is no git or no repository."""
     root = Path(__file__).resolve().parent
     try:
-        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["git", "-C", str(root), *args], capture_output=True, text=True, errors="replace", timeout=10
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -8,10 +8,10 @@ Why each one:
 - VLLM_ENABLE_V1_MULTIPROCESSING=0: the engine must live in this process, or its tensors could not be written in place.
 - VLLM_CPU_OMP_THREADS_BIND=nobind: vLLM would otherwise pin the whole process, the trainer included, to its cores.
 - VLLM_HOST_IP: vLLM otherwise asks the network for an address, which fails on a machine without one.
-- VLLM_USE_FLASHINFER_SAMPLER=0 where flashinfer is missing: vLLM 0.26 imports it without looking.
+- VLLM_USE_FLASHINFER_SAMPLER=0: it is for top-p and top-k, which are refused here, and vLLM 0.26 imports flashinfer
+  without looking whether it is there.
 """
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -35,11 +35,10 @@ def set_defaults() -> None:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_LOGGING_LEVEL": "WARNING" if has_gpu() else "ERROR",
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
-    if importlib.util.find_spec("flashinfer") is None:
-        defaults["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
     if "OMP_NUM_THREADS" not in os.environ and "torch" in sys.modules:
         raise RuntimeError("import runtime before torch: OMP_NUM_THREADS has no effect once torch is loaded")
     for name, value in defaults.items():

@@ -11,11 +11,13 @@ import runtime  # noqa: F401  (first: it sets what torch and vLLM read at import
 
 # isort: split
 import dataclasses
+import json
 import math
+import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,11 +38,11 @@ from loss import (
     policy_loss,
     soft_overlong_penalty,
 )
-from memory import GIB, MemoryPlan, MemoryPlanError, model_sizes, plan_memory
+from memory import GIB, MICRO_BATCH_CHOICES, MemoryPlan, MemoryPlanError, model_sizes, plan_memory
 from policy import Batch, Policy, PolicyError, load_model
 from quant_sync import SyncError, SyncPlan
 from rewards import RewardError, Scorer, resolve_reward
-from rollout import Engine, EngineError, Group, sample_groups
+from rollout import Engine, EngineError, Group, check_platform, sample_groups
 from run_folder import RunFolder, RunFolderError, check_free, default_run_name
 
 # ---- the loop
@@ -51,19 +53,21 @@ def train(args: Args) -> Path:
     stop = StopRequest()
     run_name = args.run_name or default_run_name(args.model)
     check_free(args.runs_dir, run_name)
-    engine, policy, plan, stream, held_out, scorer, tokenizer = build(args)
+    check_platform(args.rollout_quant)
+    config, tokenizer = load_config(args)
+    args, memory = plan_device(args, config)
+    engine, policy, plan, stream, held_out, scorer = build(args, memory, tokenizer)
     run = RunFolder(args.runs_dir, run_name, config_of(args), args.wandb)
     print(f"run folder {run.path}", flush=True)
 
     def save(step: int) -> Path:
         return run.save_checkpoint(step, lambda folder: policy.save(folder, tokenizer))
 
-    clock = Clock()
-    sync_weights(engine, plan, 0, clock, full_verify=True)
-    accuracy = evaluate(engine, held_out, scorer, args, run, 0) if args.eval_every else math.nan
-    progress = tqdm(total=args.steps, desc="train", unit="step", disable=not sys.stderr.isatty())
     done = 0
-    with stop.watching():
+    with stop.watching(), saved_on_failure(lambda: save(done) if done else None):
+        sync_weights(engine, plan, 0, Clock(), full_verify=True)
+        accuracy = evaluate(engine, held_out, scorer, args, run, 0)
+        progress = tqdm(total=args.steps, desc="train", unit="step", disable=not sys.stderr.isatty())
         for step in range(1, args.steps + 1):
             clock = Clock()
             with clock("rollout"):
@@ -79,14 +83,14 @@ def train(args: Args) -> Path:
                 engine.sleep()
             with clock("train"):
                 metrics |= train_step(policy, groups, args)
+            done = step
             with clock("wake"):
                 engine.wake("weights")
             sync_weights(engine, plan, step, clock)
-            done = step
             metrics |= clock.metrics() | {"reward/errors": scorer.errors, "policy/version": engine.version}
             metrics |= speed_metrics(metrics, policy.device)
             last = step == args.steps or stop.requested
-            if args.eval_every and (step % args.eval_every == 0 or last):
+            if held_out and (step % args.eval_every == 0 or last):
                 engine.wake("kv_cache")
                 accuracy = evaluate(engine, held_out, scorer, args, run, step)
                 metrics["eval/accuracy"] = accuracy
@@ -106,6 +110,23 @@ def train(args: Args) -> Path:
         print(f"stopped after {done} of {args.steps} steps", flush=True)
     print(f"checkpoint {folder}\nrun folder {run.path}" if folder else f"run folder {run.path}", flush=True)
     return run.path
+
+
+@contextmanager
+def saved_on_failure(save: Callable[[], Path | None]) -> Iterator[None]:
+    """A failure of the engine, the sync or the memory ends the run, but not without what it has learned."""
+    try:
+        yield
+    except RuntimeError as error:  # EngineError, SyncError; torch's and vLLM's own are RuntimeErrors too
+        folder = save()
+        if folder:
+            print(f"checkpoint {folder}", file=sys.stderr, flush=True)
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+            raise MemoryPlanError(
+                f"out of memory in the middle of a step: {error}. Smaller --micro-batch-tokens or --kv-cache-gib, "
+                "--gradient-checkpointing or --sleep 2 make room"
+            ) from error
+        raise
 
 
 def train_step(policy: Policy, groups: list[Group], args: Args) -> dict[str, float]:
@@ -173,18 +194,20 @@ def sync_weights(engine: Engine, plan: SyncPlan, version: int, clock: "Clock", f
 # ---- its parts
 
 
-def build(args: Args) -> tuple[Engine, Policy, SyncPlan, PromptStream, list[Prompt], Scorer, Any]:
-    """Everything the loop needs; data and flags are checked before anything large is allocated."""
+def build(
+    args: Args, memory: MemoryPlan, tokenizer: Any
+) -> tuple[Engine, Policy, SyncPlan, PromptStream, list[Prompt], Scorer]:
+    """Everything the loop needs; data and rewards are checked before anything large is allocated."""
     from transformers import set_seed
 
-    config, tokenizer = load_config(args)
+    template = json.loads(args.chat_template_kwargs)
     train_examples, eval_examples = load_data(args.data, args.eval_data, args.eval_size if args.eval_every else 0)
     scorer = Scorer(resolve_reward(args.reward))
-    prompts, _ = encode_prompts(train_examples, tokenizer, args.max_prompt_len)
-    held_out = encode_prompts(eval_examples, tokenizer, args.max_prompt_len)[0] if eval_examples else []
+    prompts, _ = encode_prompts(train_examples, tokenizer, args.max_prompt_len, template)
+    held_out = encode_prompts(eval_examples, tokenizer, args.max_prompt_len, template)[0] if eval_examples else []
     print(f"data {args.data}: {len(prompts)} prompts to train on, {len(held_out)} held out", flush=True)
     set_seed(args.seed)
-    device, plan_ = plan_device(args, config)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     start = time.perf_counter()
     engine = Engine(
         args.model,
@@ -192,36 +215,37 @@ def build(args: Args) -> tuple[Engine, Policy, SyncPlan, PromptStream, list[Prom
         quant=args.rollout_quant,
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
-        kv_cache_bytes=plan_.kv_cache,
-        sleep_level=plan_.sleep_level,
-        memory_fraction=plan_.engine / torch.cuda.mem_get_info()[1] if device.type == "cuda" else 0.5,
+        kv_cache_bytes=memory.kv_cache,
+        sleep_level=memory.sleep_level,
+        memory_fraction=memory.engine / torch.cuda.mem_get_info()[1] if device.type == "cuda" else 0.5,
         temperature=args.temperature,
         seed=args.seed,
         trust_remote_code=args.trust_remote_code,
     )
     engine_ready = time.perf_counter()
+    model = load_model(args.model, device, args.trust_remote_code)
+    plan = SyncPlan.build(model.state_dict(), engine.model)
     try:
         policy = Policy(
-            load_model(args.model, device, args.trust_remote_code),
+            model,
             lr=args.lr,
             weight_decay=args.weight_decay,
             warmup_steps=args.warmup_steps,
             max_grad_norm=args.max_grad_norm,
             temperature=args.temperature,
-            checkpointing=args.gradient_checkpointing,
+            checkpointing=bool(args.gradient_checkpointing),
         )
     except torch.OutOfMemoryError as error:
         raise MemoryPlanError(
-            f"the policy and its optimizer do not fit beside the engine: {error}\n{plan_.table()}"
+            f"the policy and its optimizer do not fit beside the engine: {error}\n{memory.table()}"
         ) from error
-    plan = SyncPlan.build(policy.state(), engine.model)
     formats = ", ".join(f"{n} {name}" for name, n in plan.formats().items())
     print(f"sync plan: {formats} parameters; {plan.bytes_written / 2**20:.0f} MiB in the engine", flush=True)
     print(
-        f"engine ready in {engine_ready - start:.0f} s, policy in {time.perf_counter() - engine_ready:.0f} s",
+        f"engine ready in {engine_ready - start:.0f} s, policy in {time.perf_counter() - engine_ready:.1f} s",
         flush=True,
     )
-    return engine, policy, plan, PromptStream(prompts, args.seed), held_out, scorer, tokenizer
+    return engine, policy, plan, PromptStream(prompts, args.seed), held_out, scorer
 
 
 def load_config(args: Args) -> tuple[Any, Any]:
@@ -245,31 +269,43 @@ def load_config(args: Args) -> tuple[Any, Any]:
     return config, tokenizer
 
 
-def plan_device(args: Args, config: Any) -> tuple[torch.device, MemoryPlan]:
-    """The device, and the memory plan, printed. A CPU has no sleep mode; there the plan is the KV cache's size."""
-    sizes = model_sizes(config)
-    on_gpu = torch.cuda.is_available()
-    wanted = sizes.kv_bytes_per_token * (args.max_model_len + 128) * min(args.max_num_seqs, args.samples_per_step)
-    if not on_gpu:
-        kv = int(args.kv_cache_gib * GIB) if args.kv_cache_gib is not None else max(wanted, 2**27)
+def plan_device(args: Args, config: Any) -> tuple[Args, MemoryPlan]:
+    """The memory plan, printed, and the arguments with what it chose. On a CPU it is the KV cache's size alone."""
+    try:
+        sizes = model_sizes(config, args.trust_remote_code)
+    except (ValueError, AttributeError) as error:  # no causal LM, or one whose config has other names
+        reason = str(error).splitlines()[0][:200]
+        raise ConfigError(f"--model {args.model} ({config.model_type}) cannot be trained here: {reason}") from error
+    sequences = min(args.max_num_seqs, args.samples_per_step)
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        plan = plan_memory(
+            sizes,
+            free=free,
+            fp8=args.rollout_quant == "fp8",
+            max_model_len=args.max_model_len,
+            max_num_seqs=sequences,
+            micro_batch_tokens=args.micro_batch_tokens,
+            checkpointing=args.gradient_checkpointing,
+            sleep=args.sleep,
+            kv_cache_gib=args.kv_cache_gib,
+        )
+        print(f"{torch.cuda.get_device_name()}\n{plan.table()}", flush=True)
+    else:
         if args.sleep not in ("auto", "0"):
             print(f"--sleep {args.sleep} has no effect: a CPU has no sleep mode, the engine stays", flush=True)
-        print(f"no GPU: engine and policy run on the CPU, nothing sleeps, KV cache {kv / 2**20:.0f} MiB", flush=True)
-        return torch.device("cpu"), MemoryPlan(0, 0, 0, kv, wanted, 0, 0, 0, "CPU")
-    free, _ = torch.cuda.mem_get_info()
-    plan = plan_memory(
-        sizes,
-        free=free,
-        fp8=args.rollout_quant == "fp8",
-        max_model_len=args.max_model_len,
-        max_num_seqs=min(args.max_num_seqs, args.samples_per_step),
-        micro_batch_tokens=args.micro_batch_tokens,
-        checkpointing=args.gradient_checkpointing,
-        sleep=args.sleep,
-        kv_cache_gib=args.kv_cache_gib,
-    )
-    print(f"{torch.cuda.get_device_name()}\n{plan.table()}", flush=True)
-    return torch.device("cuda", torch.cuda.current_device()), plan
+        wanted = max(sizes.kv_bytes_per_token * (args.max_model_len + 128) * sequences, 2**27)
+        plan = MemoryPlan(
+            sleep_level=0,
+            checkpointing=bool(args.gradient_checkpointing),
+            micro_batch_tokens=args.micro_batch_tokens or MICRO_BATCH_CHOICES[0],
+            kv_cache=wanted if args.kv_cache_gib is None else int(args.kv_cache_gib * GIB),
+            reason="a CPU has no sleep mode",
+        )
+        kv = f"KV cache {plan.kv_cache / 2**20:.0f} MiB"
+        print(f"no GPU: engine and policy run on the CPU, nothing sleeps, {kv}", flush=True)
+    chosen = {"micro_batch_tokens": plan.micro_batch_tokens, "gradient_checkpointing": plan.checkpointing}
+    return dataclasses.replace(args, **chosen), plan
 
 
 def score_groups(groups: list[Group], scorer: Scorer) -> None:
@@ -418,11 +454,8 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print(
-            "\nstopping: this phase is finished and the policy saved; once more ends at once",
-            file=sys.stderr,
-            flush=True,
-        )
+        # os.write: print would raise if the signal came in the middle of another write to stderr.
+        os.write(2, b"\nstopping: this phase is finished and the policy saved; once more ends at once\n")
 
 
 ERRORS = (ConfigError, DataError, EngineError, MemoryPlanError, PolicyError, RewardError, RunFolderError, SyncError)
@@ -434,6 +467,7 @@ def main() -> None:
     except ERRORS as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 

@@ -90,7 +90,7 @@ def test_the_plans_bytes_by_hand(sizes):
     assert (
         128 * ONE_SEQUENCE <= big.kv_wanted <= 128 * KV_TOKEN * (LENGTH + 128)
     )  # full sequences, rounded up to blocks
-    assert big.engine == big.engine_weights + big.engine_other + big.kv_cache
+    assert big.engine == big.engine_weights + big.engine_graphs + big.engine_workspace + big.kv_cache
     assert plan(sizes, 139, kv_cache_gib=3.5).kv_cache == int(3.5 * GIB)
 
 
@@ -157,8 +157,27 @@ def test_a_forced_level_0_leaves_room_for_training_or_fails(sizes):
     assert tight.kv_cache < tight.kv_wanted
     assert tight.engine + tight.training_state + tight.training_peak <= USABLE * tight.free
     with pytest.raises(MemoryPlanError, match="--sleep 2"):
-        plan(sizes, 38, sleep="0")
-    assert plan(sizes, 38, sleep="2").sleep_level == 2
+        plan(sizes, 41, sleep="0")
+    assert plan(sizes, 41, sleep="2").sleep_level == 2
+
+
+@pytest.mark.parametrize(
+    ("gib", "level", "checkpointing", "tokens"),
+    [(139, 0, False, 16384), (79, 0, False, 4096), (47, 2, True, 16384), (39, 2, True, 8192)],
+)
+def test_what_is_left_open_is_chosen_by_what_it_costs(sizes, gib, level, checkpointing, tokens):
+    """The README's command on the usual cards: first smaller micro-batches, then recomputing, then sleep."""
+    got = plan(sizes, gib, micro_batch_tokens=None, checkpointing=None, max_num_seqs=512)
+    assert (got.sleep_level, got.checkpointing, got.micro_batch_tokens) == (level, checkpointing, tokens)
+    busy_training = got.training_state + got.training_peak + got.engine_graphs
+    assert busy_training + (got.engine - got.engine_graphs if level == 0 else 0) <= USABLE * got.free
+
+
+def test_what_was_asked_for_is_kept(sizes):
+    got = plan(sizes, 139, micro_batch_tokens=1000, checkpointing=True)
+    assert (got.checkpointing, got.micro_batch_tokens) == (True, 1000)
+    longest_sample = plan(sizes, 139, micro_batch_tokens=LENGTH, checkpointing=True)
+    assert got.training_peak == longest_sample.training_peak  # a sample longer than the budget goes alone
 
 
 # ---- the printed table
@@ -167,10 +186,16 @@ def test_a_forced_level_0_leaves_room_for_training_or_fails(sizes):
 def test_table_prints_each_part_the_choice_and_its_reason(sizes):
     small = plan(sizes, 40)
     table = small.table()
-    parts = (small.engine_weights, small.engine_other, small.kv_cache, small.training_state, small.training_peak)
+    parts = (
+        small.engine_weights,
+        small.engine_graphs + small.engine_workspace,
+        small.kv_cache,
+        small.training_state,
+        small.training_peak,
+    )
     lines = table.splitlines()
     for part in (*parts, small.free):
         assert any(line.endswith(f" {part / GIB:.1f} GiB") for line in lines), f"{part / GIB:.1f} GiB is in no row"
     assert f"wanted {small.kv_wanted / GIB:.1f}" in table
-    assert lines[-1].split(":")[0].strip() == "--sleep 2"
+    assert lines[-1].split(":")[0].strip() == "activations recomputed, 16384 tokens a micro-batch; --sleep 2"
     assert small.reason in lines[-1]

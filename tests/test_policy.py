@@ -322,7 +322,7 @@ class SimpleModel(torch.nn.Module):
         self.weight = torch.nn.Parameter(weight.to(dtype))
         if bias is not None:
             self.bias = torch.nn.Parameter(bias.to(dtype))
-        self.config = SimpleNamespace(use_cache=True)
+        self.config = SimpleNamespace(use_cache=True, model_type="llama")
 
 
 def backward(policy: Policy, batch: Batch) -> None:
@@ -366,13 +366,13 @@ def test_updates_follow_plain_adamw_on_an_fp32_model():
 
 def test_state_is_live_and_stays_in_place():
     policy, batch = make_policy("qwen2", torch.bfloat16, lr=0.01), make_batch(RAGGED)
-    state = policy.state()
+    state = policy.model.state_dict()
     before = {k: (t.data_ptr(), t.clone()) for k, t in state.items()}
     assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr(), "tied"
     for _ in range(2):
         backward(policy, batch)
         policy.update()
-    for name, tensor in policy.state().items():
+    for name, tensor in policy.model.state_dict().items():
         assert tensor.data_ptr() == before[name][0], name
         assert not torch.equal(tensor, before[name][1]), f"{name} did not change with the update"
         assert torch.equal(state[name], tensor), f"{name}: an old state dict must show the new weights"
@@ -487,7 +487,7 @@ def test_a_saved_policy_opens_with_the_same_weights(family, tmp_path):
     policy.save(tmp_path, NoTokenizer())
     assert (tmp_path / "tokenizer.json").exists()
     opened = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").state_dict()
-    state = policy.state()
+    state = policy.model.state_dict()
     assert opened.keys() == state.keys()
     for name, tensor in state.items():
         assert opened[name].dtype == torch.bfloat16 and torch.equal(opened[name], tensor), name
@@ -515,3 +515,26 @@ def test_load_model_names_the_flag_where_the_weights_are_broken(tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(PolicyError, match="--model"):
         load_model(str(tmp_path), torch.device("cpu"))
+
+
+def test_a_family_with_other_logits_is_refused():
+    """Granite scales its logits after the head: its names map, its log-probs would be wrong in silence."""
+    from transformers import GraniteConfig
+
+    config = GraniteConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, logits_scaling=8.0,
+    )  # fmt: skip
+    with pytest.raises(PolicyError, match="granite"):
+        Policy(AutoModelForCausalLM.from_config(config))
+
+
+def test_dropout_is_off():
+    config = Qwen2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, attention_dropout=0.5,
+    )  # fmt: skip
+    policy = Policy(AutoModelForCausalLM.from_config(config))
+    empty = torch.zeros(3)
+    batch = Batch([[1, 2]], [[3, 4, 5]], empty, empty, empty.bool())
+    assert torch.equal(policy.logprobs(batch)[0], policy.logprobs(batch)[0])

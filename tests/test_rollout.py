@@ -395,3 +395,51 @@ def test_mixed_looks_at_raw_rewards():
     assert not group.mixed
     group.rewards[2] = math.nextafter(0.1, 1)
     assert group.mixed
+
+
+# ---- machines without what the engine needs ----
+
+
+class _Platform:
+    def __init__(self, cpu: bool):
+        self._cpu = cpu
+
+    def is_cpu(self) -> bool:
+        return self._cpu
+
+
+def test_fp8_on_a_gpu_without_it_is_refused(monkeypatch):
+    monkeypatch.setattr("vllm.platforms.current_platform", _Platform(cpu=False))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    with pytest.raises(rollout.EngineError, match=r"A100 has 8\.0\. Use --rollout-quant none"):
+        rollout.check_platform("fp8")
+    assert rollout.check_platform("none") is True
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    assert rollout.check_platform("fp8") is True
+
+
+def test_a_gpu_build_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr("vllm.platforms.current_platform", _Platform(cpu=False))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(rollout.EngineError, match=r"requirements-cpu\.txt"):
+        rollout.check_platform("none")
+
+
+@pytest.mark.parametrize("quant", ["fp8", "none"])
+def test_a_processor_with_amx_keeps_live_weights(make_model, start_engine, device, monkeypatch, quant):
+    """With AMX, vLLM's CPU build would read packed copies that no sync reaches. (Nothing is generated here: the
+    attention kernel chosen for AMX cannot run on a processor that only claims it.)"""
+    if device.type != "cpu":
+        pytest.skip("the CPU backend's kernels")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    model, folder = make_model("qwen2", tied=True)
+    engine = start_engine(folder, quant=quant)
+    plan = SyncPlan.build(model.state_dict(), engine.model)
+    plan.sync()
+    assert plan.verify(full=True) == len(plan.rows)
+    hidden = torch.randn(3, model.config.hidden_size).to(torch.bfloat16)
+    with torch.no_grad():
+        logits = engine.model.compute_logits(hidden)[:, : model.config.vocab_size]
+        torch.testing.assert_close(logits, model.lm_head(hidden), rtol=0.02, atol=0.02)

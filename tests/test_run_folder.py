@@ -5,6 +5,8 @@ import runtime  # noqa: F401  (first: it sets what torch reads at import)
 # isort: split
 import json
 import math
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -185,3 +187,22 @@ def test_what_an_interrupted_save_left_is_cleared_by_the_next(run):
     path = run.save_checkpoint(7, write_weights("seven"))
     assert sorted(p.name for p in path.iterdir()) == ["model.safetensors"]
     assert names(run) == ["step-000007"]
+
+
+def test_wandb_mirrors_the_metrics(tmp_path, monkeypatch):
+    calls = []
+    run = types.SimpleNamespace(log=lambda m, step: calls.append((step, m)), finish=lambda: calls.append("finished"))
+    stub = types.SimpleNamespace(init=lambda **kw: calls.append(kw) or run)
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    folder = RunFolder(str(tmp_path), "a", {"lr": 1.0}, use_wandb=True)
+    folder.log({"step": 3, "reward/mean": 0.5})
+    folder.close()
+    assert calls[0]["name"] == "a" and calls[0]["config"] == {"lr": 1.0}
+    assert calls[1:] == [(3, {"step": 3, "reward/mean": 0.5}), "finished"]
+
+
+def test_wandb_missing_is_said(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(RunFolderError, match="pip install wandb"):
+        RunFolder(str(tmp_path), "a", {}, use_wandb=True)
+    assert not (tmp_path / "a").exists()

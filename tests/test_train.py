@@ -452,6 +452,30 @@ def test_a_stop_ends_after_the_phase_and_saves_what_is_done(fake, tmp_path, monk
         assert fake[-1] == "publish 2", "the engine holds what was saved"
 
 
+@pytest.mark.parametrize("phase", ["sync", "train"])
+def test_a_failure_in_the_middle_saves_what_was_learned(fake, tmp_path, monkeypatch, capsys, phase):
+    def verify(self, turn=0, full=False):
+        if turn == 2:
+            raise train.SyncError("layer 1 is stale")
+
+    real_step, calls = train.train_step, []
+
+    def out_of_memory(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no more")
+        return real_step(*args)
+
+    if phase == "sync":
+        monkeypatch.setattr(FakePlan, "verify", verify)
+    else:
+        monkeypatch.setattr(train, "train_step", out_of_memory)
+    with pytest.raises(SystemExit, match="layer 1 is stale" if phase == "sync" else "--micro-batch-tokens"):
+        run_main(monkeypatch, *one_or_two(tmp_path), "--steps=5", "--eval-every=0", "--run-name=x")
+    assert (tmp_path / "runs" / "x" / "checkpoints" / "step-000002" / "model.safetensors").is_file()
+    assert "step-000002" in capsys.readouterr().err
+
+
 def test_a_second_signal_ends_at_once_and_handlers_come_back():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     stop = train.StopRequest()
