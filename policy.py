@@ -5,7 +5,8 @@ V vocabulary.
 
 Why master weights: at lr 1e-6 an update is far below bf16's half ulp (2^-9 of a weight), so a bf16 weight would never
 move. AdamW works on fp32 copies; each update ends by rounding them into the bf16 weights that the forward pass and the
-sync read. Gradients are summed over micro-batches in fp32 too, by a hook that also frees each bf16 gradient at once.
+sync read. Gradients are summed over micro-batches in fp32 too, by a hook that also frees each bf16 gradient at once;
+within one micro-batch they are autograd's own, in bf16.
 """
 
 import math

@@ -13,8 +13,6 @@ import runtime  # noqa: F401  (first: it sets what torch and vLLM read at import
 import dataclasses
 import json
 import math
-import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +26,7 @@ from tqdm import tqdm
 
 from config import Args, ConfigError
 from data import DataError, Prompt, PromptStream, encode_prompts, load_data
+from loop_control import Clock, StopRequest
 from loss import (
     finite_mask,
     group_advantages,
@@ -89,8 +88,8 @@ def train(args: Args) -> Path:
             sync_weights(engine, plan, step, clock)
             metrics |= clock.metrics() | {"reward/errors": scorer.errors, "policy/version": engine.version}
             metrics |= speed_metrics(metrics, policy.device)
-            last = step == args.steps or stop.requested
-            if held_out and (step % args.eval_every == 0 or last):
+            last = step == args.steps
+            if held_out and not stop.requested and (step % args.eval_every == 0 or last):
                 engine.wake("kv_cache")
                 accuracy = evaluate(engine, held_out, scorer, args, run, step)
                 metrics["eval/accuracy"] = accuracy
@@ -407,55 +406,6 @@ def step_line(step: int, steps: int, metrics: dict[str, float], accuracy: float)
 def config_of(args: Args) -> dict[str, Any]:
     """The arguments as JSON (infinity as a string, since JSON has none)."""
     return {k: str(v) if v == math.inf else v for k, v in dataclasses.asdict(args).items()}
-
-
-class Clock:
-    """Seconds of each phase of a step; the device is synchronized at both ends of a phase."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        _synchronize()
-        start = time.perf_counter()
-        yield
-        _synchronize()
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
-
-    def metrics(self) -> dict[str, float]:
-        """`time/PHASE` and `time/step`, the whole step so far."""
-        total = time.perf_counter() - self._start
-        return {f"time/{k}": v for k, v in self._seconds.items()} | {"time/step": total}
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-class StopRequest:
-    """Ctrl-C and SIGTERM: the first asks the loop to finish its phase and save, a second one ends at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for s, handler in previous.items():
-                signal.signal(s, handler)
-
-    def _handle(self, signum: int, frame: Any) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        # os.write: print would raise if the signal came in the middle of another write to stderr.
-        os.write(2, b"\nstopping: this phase is finished and the policy saved; once more ends at once\n")
 
 
 ERRORS = (ConfigError, DataError, EngineError, MemoryPlanError, PolicyError, RewardError, RunFolderError, SyncError)
