@@ -396,9 +396,10 @@ def speed_metrics(metrics: dict[str, float], device: torch.device) -> dict[str, 
 def step_line(step: int, steps: int, metrics: dict[str, float], accuracy: float) -> str:
     """The terminal's line for a step."""
     gap = metrics.get("mismatch/abs_dlogp_mean", math.nan)
+    held_out = "" if math.isnan(accuracy) else f" held-out {accuracy:.3f} |"
     phases = " ".join(f"{k} {metrics[f'time/{k}']:.2f}" for k in ("rollout", "train", "sync", "verify"))
     return (
-        f"step {step}/{steps} | reward {metrics['reward/mean']:.3f} | held-out {accuracy:.3f} | |dlogp| {gap:.4f} | "
+        f"step {step}/{steps} | reward {metrics['reward/mean']:.3f} |{held_out} |dlogp| {gap:.4f} | "
         f"{metrics['speed/rollout_tokens_per_s']:.0f} tok/s | {phases} s | step {metrics['time/step']:.2f} s"
     )
 
