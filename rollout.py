@@ -217,12 +217,15 @@ def sample_groups(
     max_tokens: int,
     dynamic: bool = True,
     max_rounds: int = 4,
+    expected_share: float = 1.0,
 ) -> tuple[list[Group], dict[str, float]]:
     """Draw groups until `prompts` of them have mixed rewards (DAPO's dynamic sampling, arXiv 2503.14476 section 3.2).
 
-    A round draws as many prompts as the share kept so far asks for. Groups whose raw rewards are all equal are dropped;
-    what is drawn beyond `prompts` is dropped too, so that every step trains on at most `prompts` groups. After
-    `max_rounds` the step goes on with what there is, which may be nothing. `score` fills in `Group.rewards`.
+    A round draws as many prompts as the share kept so far asks for, the first one as `expected_share` does: each round
+    ends in a tail in which few sequences still run, so one round that draws a few groups too many beats three. Groups
+    whose raw rewards are all equal are dropped; what is drawn beyond `prompts` is dropped too, so that every step
+    trains on at most `prompts` groups. After `max_rounds` the step goes on with what there is, which may be nothing.
+    `score` fills in `Group.rewards`.
 
     Returns the groups and `sampling/...` and `reward/...` metrics over everything drawn (docs/metrics.md).
     """
@@ -231,8 +234,8 @@ def sample_groups(
     rounds, seconds_scoring = 0, 0.0
     while len(kept) < prompts and rounds < (max_rounds if dynamic else 1):
         missing = prompts - len(kept)
-        share = max(len(kept) / len(drawn), 0.25) if drawn else 1.0
-        batch = stream.take(math.ceil(missing / share))
+        share = 1.0 if not dynamic else len(kept) / len(drawn) if drawn else expected_share
+        batch = stream.take(math.ceil(missing / max(share, 0.25)))
         sampled = engine.generate([p.token_ids for p in batch], n=samples, max_tokens=max_tokens)
         assert engine.version is not None
         groups = [Group(p, s, engine.version) for p, s in zip(batch, sampled, strict=True)]

@@ -62,7 +62,7 @@ def train(args: Args) -> Path:
     def save(step: int) -> Path:
         return run.save_checkpoint(step, lambda folder: policy.save(folder, tokenizer))
 
-    done = 0
+    done, expected_share = 0, 1.0
     with stop.watching(), saved_on_failure(lambda: save(done) if done else None):
         sync_weights(engine, plan, 0, Clock(), full_verify=True)
         accuracy = evaluate(engine, held_out, scorer, args, run, 0)
@@ -74,10 +74,12 @@ def train(args: Args) -> Path:
                 groups, metrics = sample_groups(
                     engine, stream, lambda gs: score_groups(gs, scorer), prompts=args.prompts_per_step,
                     samples=args.samples_per_prompt, max_tokens=args.max_response_len,
-                    dynamic=args.dynamic_sampling, max_rounds=args.max_sample_rounds,
+                    dynamic=args.dynamic_sampling, max_rounds=args.max_sample_rounds, expected_share=expected_share,
                 )  # fmt: skip
             if stop.requested:
                 break
+            if args.dynamic_sampling:  # the next step draws for a share a tenth below this one's
+                expected_share = 0.9 * metrics["sampling/groups_mixed"] / metrics["sampling/groups_drawn"]
             with clock("sleep"):
                 engine.sleep()
             with clock("train"):

@@ -332,6 +332,20 @@ def test_one_round_is_enough_where_all_are_mixed():
     assert metrics["sampling/groups_surplus"] == 0
 
 
+def test_the_first_round_draws_for_the_share_that_is_expected():
+    stub = Draws([MIXED, SOLVED] * 4)
+    groups, metrics = stub.run(prompts=3, expected_share=0.45)
+    assert stub.taken == [7]  # 3 / 0.45, rounded up: no second round and its tail
+    assert drawn(groups) == [0, 2, 4]
+    assert metrics["sampling/groups_surplus"] == 1
+    hopeless = Draws([FAILED] * 40)
+    hopeless.run(prompts=3, expected_share=0.0, max_rounds=1)
+    assert hopeless.taken == [12]  # never more than four times what is missing
+    everything = Draws([SOLVED, MIXED, FAILED])
+    everything.run(prompts=3, expected_share=0.5, dynamic=False)
+    assert everything.taken == [3]
+
+
 def test_rounds_end_with_what_there_is():
     stub = Draws([MIXED] + [FAILED] * 99)
     groups, metrics = stub.run(prompts=2, max_rounds=3)

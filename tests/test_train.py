@@ -452,6 +452,22 @@ def test_a_stop_ends_after_the_phase_and_saves_what_is_done(fake, tmp_path, monk
         assert fake[-1] == "publish 2", "the engine holds what was saved"
 
 
+@needs_tiny_model
+@pytest.mark.parametrize(
+    ("flag", "expected"), [("--dynamic-sampling", [1.0, 0.9, 0.9]), ("--no-dynamic-sampling", [1.0] * 3)]
+)
+def test_a_step_draws_for_the_share_of_the_step_before(fake, tmp_path, monkeypatch, flag, expected):
+    shares, sample_groups = [], train.sample_groups
+
+    def recorded(*args, expected_share, **options):
+        shares.append(expected_share)
+        return sample_groups(*args, expected_share=expected_share, **options)
+
+    monkeypatch.setattr(train, "sample_groups", recorded)
+    run_main(monkeypatch, *one_or_two(tmp_path), "--steps=3", "--eval-every=0", "--run-name=x", flag)
+    assert shares == expected  # every group of the fake engine is mixed
+
+
 @pytest.mark.parametrize("phase", ["sync", "train"])
 def test_a_failure_in_the_middle_saves_what_was_learned(fake, tmp_path, monkeypatch, capsys, phase):
     def verify(self, turn=0, full=False):
