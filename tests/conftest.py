@@ -73,7 +73,7 @@ def make_model(tmp_path_factory, device):
 def start_engine():
     """rollout.Engine with the sizes of a small model; some seconds each, so keep it and use it again.
 
-    Every engine lives until the session ends: vLLM's finalizer tears down the process groups that all engines of a
+    Every engine lives until pytest ends: vLLM's finalizer tears down the process groups that all engines of a
     process share, and a later engine would break at whatever moment the collector found an earlier one.
     """
     import rollout
