@@ -46,8 +46,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Args:
-    """DAPO with 8-bit vLLM rollouts, in one process. A flag whose default is None depends on the model: the second
-    value given in its text is for the built-in tiny model."""
+    """Where a flag's text says "None: A; B", its default is A, and B for the built-in tiny model."""
 
     model: str = TINY_MODEL
     """HF folder or Hub name of a Qwen2, Qwen3 or Llama model with a chat template."""
@@ -79,7 +78,7 @@ class Args:
     max_num_seqs: int = 512
     """Sequences that the engine runs at once."""
     kv_cache_gib: float | None = None
-    """Size of the KV cache, GiB. None: room for max_num_seqs full sequences, less if memory is short."""
+    """Size of the KV cache, GiB. None: room for two steps' samples at full length, at most for max_num_seqs of them."""
 
     steps: int | None = None
     """Training steps. None: 100; 60."""

@@ -154,5 +154,5 @@ def plan_memory(
     raise MemoryPlanError(
         f"this run does not fit on the GPU.\n{plan.table()}\n"
         "What helps: a smaller --model; smaller --max-response-len, --max-num-seqs or --micro-batch-tokens; "
-        "--gradient-checkpointing; --sleep 2; --kv-cache-gib left out; other programs off the GPU"
+        "--gradient-checkpointing True; --sleep 2; --kv-cache-gib left out; other programs off the GPU"
     )

@@ -125,7 +125,7 @@ def saved_on_failure(save: Callable[[], Path | None]) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
             raise MemoryPlanError(
                 f"out of memory in the middle of a step: {error}. Smaller --micro-batch-tokens or --kv-cache-gib, "
-                "--gradient-checkpointing or --sleep 2 make room"
+                "--gradient-checkpointing True or --sleep 2 make room"
             ) from error
         raise
 
@@ -183,7 +183,7 @@ def train_step(policy: Policy, groups: list[Group], args: Args) -> dict[str, flo
     }  # fmt: skip
 
 
-def sync_weights(engine: Engine, plan: SyncPlan, version: int, clock: "Clock", full_verify: bool = False) -> None:
+def sync_weights(engine: Engine, plan: SyncPlan, version: int, clock: Clock, full_verify: bool = False) -> None:
     """Policy -> engine, proved, published: after this the engine samples from `version` and from nothing older."""
     with clock("sync"):
         plan.sync()
@@ -277,7 +277,7 @@ def plan_device(args: Args, config: Any) -> tuple[Args, MemoryPlan]:
     except (ValueError, AttributeError) as error:  # no causal LM, or one whose config has other names
         reason = str(error).splitlines()[0][:200]
         raise ConfigError(f"--model {args.model} ({config.model_type}) cannot be trained here: {reason}") from error
-    sequences = min(args.max_num_seqs, args.samples_per_step)
+    sequences = min(args.max_num_seqs, 2 * args.samples_per_step)  # dynamic sampling draws about twice what it keeps
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         plan = plan_memory(
@@ -416,7 +416,7 @@ ERRORS = (ConfigError, DataError, EngineError, MemoryPlanError, PolicyError, Rew
 
 def main() -> None:
     try:
-        train(tyro.cli(Args, description=__doc__).resolved())
+        train(tyro.cli(Args, description=f"{__doc__}\n{Args.__doc__}").resolved())
     except ERRORS as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
