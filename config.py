@@ -62,8 +62,13 @@ class Args:
     reward: str | None = None
     """Your own reward, file.py:function, called as function(completion, answer, row). None: the data's own."""
 
-    rollout_quant: Literal["fp8", "none"] = "fp8"
-    """Weights of the sampler: fp8 (vLLM's online per-tensor FP8) or none (bf16)."""
+    rollout_quant: Literal["fp8", "fp8-channel", "fp8-block", "int8", "none"] = "fp8"
+    """Weights of the sampler: FP8 with one scale a matrix (fp8), a row (fp8-channel) or 128 x 128 block (fp8-block);
+    int8 with one a row; none: bf16."""
+    quant_skip: str = ""
+    """Layers of the sampler that stay bf16, by comma: layers.0,down_proj,layers.3.mlp."""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """The sampler's KV cache: bf16 (auto), or fp8, which holds twice the tokens. GPU only."""
     tis_cap: float | None = 2.0
     """Truncated importance sampling: weights pi_old/mu are cut at this value. inf never cuts, None turns them off."""
     temperature: float = 1.0

@@ -24,7 +24,7 @@ class ModelSizes:
     """Counts read from a config, without allocating the model."""
 
     parameters: int
-    linear_parameters: int  # in the layers' linear weights: one byte each under FP8
+    linear_layers: dict[str, int]  # HF name -> weights, of the layers that a sampler's format quantizes
     kv_bytes_per_token: int
     layers: int
     hidden: int
@@ -40,10 +40,10 @@ def model_sizes(config: Any, trust_remote_code: bool = False) -> ModelSizes:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n]
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n}
     return ModelSizes(
         parameters=sum(p.numel() for p in model.parameters()),
-        linear_parameters=sum(m.weight.numel() for m in linear),
+        linear_layers={n: m.weight.numel() for n, m in linear.items()},
         kv_bytes_per_token=2 * config.num_hidden_layers * kv_heads * head_dim * 2,
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -94,7 +94,7 @@ def plan_memory(
     sizes: ModelSizes,
     *,
     free: int,
-    fp8: bool,
+    one_byte_weights: int,
     max_model_len: int,
     max_num_seqs: int,
     micro_batch_tokens: int | None,
@@ -102,7 +102,8 @@ def plan_memory(
     sleep: str,
     kv_cache_gib: float | None = None,
 ) -> MemoryPlan:
-    """Decide sleep level, activation checkpointing, micro-batch size and KV cache for `free` bytes.
+    """Decide sleep level, activation checkpointing, micro-batch size and KV cache for `free` bytes, where the engine
+    holds `one_byte_weights` of the parameters in an 8-bit format and the others in bf16.
 
     `micro_batch_tokens` and `checkpointing` are chosen where they are None, `sleep` where it is "auto"; the first that
     fits is taken, in order of what it costs: smaller micro-batches, recomputed activations, then an engine that sleeps
@@ -112,7 +113,7 @@ def plan_memory(
     """
     s = sizes
     usable = int(free * USABLE)
-    weights = 2 * s.parameters - (s.linear_parameters if fp8 else 0)
+    weights = 2 * s.parameters - one_byte_weights
     graphs = 2 * GIB
     workspace = 12 * max_num_seqs * s.vocab  # sampler: a few fp32 copies of the logits
     least = s.kv_bytes_per_token * (max_model_len + 16)

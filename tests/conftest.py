@@ -27,7 +27,7 @@ def device():
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory, device):
-    """make_model("qwen2" | "qwen3" | "llama", tied=...) -> (HF model in bf16, its saved folder).
+    """make_model("qwen2" | "qwen3" | "llama", tied=..., config fields) -> (HF model in bf16, its saved folder).
 
     Two layers of width 128; q and k differ in shape. 200 tokens, which vLLM pads to 256. Norms and biases are random
     and weights larger than usual: no tensor has a value that a mistake would also give, no distribution is uniform.
@@ -36,7 +36,7 @@ def make_model(tmp_path_factory, device):
 
     extra = {"qwen2": {}, "qwen3": {"head_dim": 32}, "llama": {"attention_bias": True}}
 
-    def make(family, *, tied, seed=0):
+    def make(family, *, tied, seed=0, **overrides):
         config = AutoConfig.for_model(
             family,
             vocab_size=200,
@@ -52,7 +52,7 @@ def make_model(tmp_path_factory, device):
             eos_token_id=2,
             pad_token_id=0,
             dtype="bfloat16",
-            **extra[family],
+            **(extra[family] | overrides),
         )
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed)

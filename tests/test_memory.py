@@ -18,7 +18,7 @@ KV_TOKEN = LAYERS * 2 * KV * 2  # bytes: k and v in bf16: 28,672
 STATE = PARAMETERS * (2 + 4 + 4 + 4 + 4)  # bf16 weight; fp32 gradient, master, two moments: 25.9 GiB
 LENGTH = 512 + 1024
 RUN = dict(
-    fp8=True,
+    one_byte_weights=LINEAR,
     max_model_len=LENGTH,
     max_num_seqs=128,
     micro_batch_tokens=16384,
@@ -52,7 +52,11 @@ def plan(sizes, gib, **changes):
 
 def test_sizes_of_qwen_1_5b_by_hand(sizes):
     assert (PARAMETERS, LINEAR, KV_TOKEN) == (1_543_714_304, 1_310_195_712, 28_672)
-    assert (sizes.parameters, sizes.linear_parameters, sizes.kv_bytes_per_token) == (PARAMETERS, LINEAR, KV_TOKEN)
+    assert (sizes.parameters, sum(sizes.linear_layers.values()), sizes.kv_bytes_per_token) == (
+        PARAMETERS,
+        LINEAR,
+        KV_TOKEN,
+    )
     assert (sizes.layers, sizes.hidden, sizes.intermediate, sizes.vocab) == (LAYERS, H, INTERMEDIATE, V)
 
 
@@ -76,7 +80,7 @@ def test_sizes_are_those_of_the_model_itself(family, more, tied):
     counted = model_sizes(config)
     assert counted.parameters == sum(p.numel() for p in model.parameters())
     linear = [m for m in model.model.layers.modules() if isinstance(m, torch.nn.Linear)]
-    assert counted.linear_parameters == sum(m.weight.numel() for m in linear)
+    assert sum(counted.linear_layers.values()) == sum(m.weight.numel() for m in linear)
     cache = model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=True).past_key_values
     held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
     assert counted.kv_bytes_per_token * 5 == held
@@ -86,7 +90,7 @@ def test_the_plans_bytes_by_hand(sizes):
     big = plan(sizes, 139)
     assert big.training_state == STATE == 27_786_857_472
     assert big.engine_weights == LINEAR + 2 * (PARAMETERS - LINEAR)  # a byte each in FP8, two for the rest
-    assert plan(sizes, 139, fp8=False).engine_weights == 2 * PARAMETERS
+    assert plan(sizes, 139, one_byte_weights=0).engine_weights == 2 * PARAMETERS
     assert (
         128 * ONE_SEQUENCE <= big.kv_wanted <= 128 * KV_TOKEN * (LENGTH + 128)
     )  # full sequences, rounded up to blocks

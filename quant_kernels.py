@@ -1,0 +1,375 @@
+"""The weight sync's Triton kernels: every parameter of a model in a handful of launches.
+
+A table on the device says what there is to do; no Python runs per tensor. A *segment* is one policy tensor's place in
+one engine parameter (or the zero rows of a padded vocabulary); a *tile* is the piece of a segment that one program
+handles. Arithmetic is that of quant_formats.py, bit for bit.
+
+    amax       one matrix, one scale: max |x| over all of its tiles (reads 2 bytes a weight)
+    flat       the second pass of fp8_tensor (reads 2, writes 1), and copies (reads 2, writes 2)
+    rows       fp8_channel and int8 in one pass: whole rows stay in registers (reads 2, writes 1)
+    blocks     fp8_block in one pass, 128 x 128
+
+max |x| is taken over the integers under bf16's bits: exact, and a NaN is larger than everything. With CHECK the same
+kernels compare with what the engine holds, and write nothing but a count of differences.
+"""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+import quant_formats as formats
+
+FLAT_TILE = 16384  # elements
+ROWS_TILE = 8192  # elements, at least; more where one row is longer
+MIN_CHANNEL_SCALE = tl.constexpr(formats.CHANNEL_SCALE_MIN)
+MIN_BLOCK_AMAX = tl.constexpr(formats.BLOCK_AMAX_MIN)
+E4M3_MAX = tl.constexpr(formats.E4M3_MAX)
+INT8_MAX = tl.constexpr(formats.INT8_MAX)
+INF_BITS = tl.constexpr(0x7F80)  # bf16
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds a small fp32 to an integer, ties to even
+
+
+@triton.jit
+def _fp32(bits):
+    """bf16 bits (int16 or int32) as fp32."""
+    return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _e4m3(x):
+    return tl.maximum(tl.minimum(x, E4M3_MAX), -E4M3_MAX).to(tl.float8e4nv)
+
+
+@triton.jit
+def _field(segments, segment, field: tl.constexpr, ALIGNED: tl.constexpr):
+    value = tl.load(segments + segment * 8 + field)
+    return tl.multiple_of(value, 16) if ALIGNED else value
+
+
+@triton.jit
+def _pointer(segments, segment, field: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    pointer = _field(segments, segment, field, ALIGNED).to(tl.pointer_type(dtype))
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
+
+@triton.jit(do_not_specialize=["first"])
+def _amax_kernel(tiles, segments, amax, first, TILE: tl.constexpr, ALIGNED: tl.constexpr):
+    tile = first + tl.program_id(0)
+    segment = tl.load(tiles + 2 * tile)
+    start = tl.load(tiles + 2 * tile + 1).to(tl.int64) * TILE
+    source = _pointer(segments, segment, 0, tl.int16, ALIGNED) + start
+    left = _field(segments, segment, 2, ALIGNED) - start
+    at = tl.arange(0, TILE)
+    x = tl.load(source + at, mask=at < left, other=0)
+    slot = tl.load(segments + segment * 8 + 4)
+    tl.atomic_max(amax + slot, tl.max((x & 0x7FFF).to(tl.int32), 0), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["first", "stride", "stop", "scaled_first", "scaled_count"])
+def _flat_kernel(
+    tiles, segments, flag, first, stride, stop, amax, scaled, scaled_first, scaled_count,
+    TILE: tl.constexpr, ALIGNED: tl.constexpr, CHECK: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    if CHECK and pid < scaled_count:  # the scale of one matrix, against the amax that was just taken anew
+        owner = tl.load(scaled + scaled_first + pid)
+        held = tl.load(tl.load(segments + owner * 8 + 3).to(tl.pointer_type(tl.float32)))
+        bits = tl.load(amax + tl.load(segments + owner * 8 + 4))
+        wanted = tl.div_rn(_fp32(bits), E4M3_MAX)
+        if (bits >= INF_BITS) | (held.to(tl.int32, bitcast=True) != wanted.to(tl.int32, bitcast=True)):
+            tl.atomic_add(flag, 1, sem="relaxed")
+    tile = first + pid * stride
+    if tile >= stop:
+        return
+    segment = tl.load(tiles + 2 * tile)
+    start = tl.load(tiles + 2 * tile + 1).to(tl.int64) * TILE
+    left = _field(segments, segment, 2, ALIGNED) - start
+    at = tl.arange(0, TILE)
+    inside = at < left
+    exists = tl.load(segments + segment * 8) != 0
+    source = _pointer(segments, segment, 0, tl.int16, ALIGNED) + start
+    x = tl.load(source + at, mask=inside & exists, other=0)
+    scale_address = tl.load(segments + segment * 8 + 3)
+    if scale_address == 0:
+        dest = _pointer(segments, segment, 1, tl.int16, ALIGNED) + start + at
+        if CHECK:
+            held = tl.load(dest, mask=inside, other=0)
+            wrong = tl.sum((held != x).to(tl.int32), 0)
+        else:
+            tl.store(dest, x, mask=inside)
+            wrong = (tl.max((x & 0x7FFF).to(tl.int32), 0) >= INF_BITS).to(tl.int32)
+        if wrong > 0:
+            tl.atomic_add(flag, 1, sem="relaxed")
+    else:
+        scale_pointer = scale_address.to(tl.pointer_type(tl.float32))
+        if CHECK:
+            scale = tl.load(scale_pointer)
+        else:
+            bits = tl.load(amax + tl.load(segments + segment * 8 + 4))
+            scale = tl.div_rn(_fp32(bits), E4M3_MAX)
+            if (start == 0) & (tl.load(segments + segment * 8 + 5) != 0):
+                tl.store(scale_pointer, scale)
+                if bits >= INF_BITS:
+                    tl.atomic_add(flag, 1, sem="relaxed")
+        q = _e4m3(_fp32(x) * tl.div_rn(1.0, scale))
+        if CHECK:
+            dest = _pointer(segments, segment, 1, tl.int8, ALIGNED) + start + at
+            held = tl.load(dest, mask=inside, other=0)
+            wrong = tl.sum(((held != q.to(tl.int8, bitcast=True)) & inside).to(tl.int32), 0)
+            if wrong > 0:
+                tl.atomic_add(flag, 1, sem="relaxed")
+        else:
+            dest = _pointer(segments, segment, 1, tl.float8e4nv, ALIGNED) + start + at
+            tl.store(dest, q, mask=inside)
+
+
+@triton.jit(do_not_specialize=["first", "stride"])
+def _rows_kernel(
+    tiles, segments, flag, first, stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INT8: tl.constexpr, ALIGNED: tl.constexpr, CHECK: tl.constexpr,
+):  # fmt: skip
+    tile = first + tl.program_id(0) * stride
+    segment = tl.load(tiles + 2 * tile)
+    row = tl.load(tiles + 2 * tile + 1) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    columns = _field(segments, segment, 7, ALIGNED)
+    row_inside = row < tl.load(segments + segment * 8 + 6)
+    inside = row_inside[:, None] & (column < columns)[None, :]
+    at = row[:, None].to(tl.int64) * columns + column[None, :]
+    source = _pointer(segments, segment, 0, tl.int16, ALIGNED)
+    x = tl.load(source + at, mask=inside, other=0)
+    bits = tl.max((x & 0x7FFF).to(tl.int32), 1)
+    amax = _fp32(bits)
+    dest = _pointer(segments, segment, 1, tl.int8, ALIGNED) + at
+    scale_pointer = tl.load(segments + segment * 8 + 3).to(tl.pointer_type(tl.float32)) + row
+    if INT8:
+        scale = tl.div_rn(amax, INT8_MAX)
+        value = tl.div_rn(_fp32(x), tl.where(scale == 0, 1.0, scale)[:, None])
+        value = tl.where((scale == 0)[:, None], 0.0, (value + ROUND) - ROUND)
+        q = tl.maximum(tl.minimum(value, INT8_MAX), -INT8_MAX).to(tl.int8)
+    else:
+        scale = tl.div_rn(amax, E4M3_MAX)
+        scale = tl.where(scale < MIN_CHANNEL_SCALE, MIN_CHANNEL_SCALE, scale)
+        q = _e4m3(tl.div_rn(_fp32(x), scale[:, None]))
+    if CHECK:
+        held = tl.load(dest, mask=inside, other=0)
+        held_scale = tl.load(scale_pointer, mask=row_inside, other=0.0)
+        wrong = tl.sum(tl.sum(((held != q.to(tl.int8, bitcast=True)) & inside).to(tl.int32), 1), 0)
+        off = held_scale.to(tl.int32, bitcast=True) != scale.to(tl.int32, bitcast=True)
+        wrong += tl.sum((off & row_inside).to(tl.int32), 0)
+    else:
+        tl.store(dest, q.to(tl.int8, bitcast=True), mask=inside)
+        tl.store(scale_pointer, scale, mask=row_inside)
+        wrong = (tl.max(bits, 0) >= INF_BITS).to(tl.int32)
+    if wrong > 0:
+        tl.atomic_add(flag, 1, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["first", "stride"])
+def _blocks_kernel(
+    tiles, segments, flag, first, stride, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, CHECK: tl.constexpr
+):
+    tile = first + tl.program_id(0) * stride
+    segment = tl.load(tiles + 2 * tile)
+    index = tl.load(tiles + 2 * tile + 1)
+    columns = _field(segments, segment, 7, ALIGNED)
+    across = ((columns + (BLOCK - 1)) // BLOCK).to(tl.int32)
+    row = (index // across) * BLOCK + tl.arange(0, BLOCK)
+    column = (index % across) * BLOCK + tl.arange(0, BLOCK)
+    inside = (row < tl.load(segments + segment * 8 + 6))[:, None] & (column < columns)[None, :]
+    at = row[:, None].to(tl.int64) * columns + column[None, :]
+    source = _pointer(segments, segment, 0, tl.int16, ALIGNED)
+    x = tl.load(source + at, mask=inside, other=0)
+    bits = tl.max(tl.max((x & 0x7FFF).to(tl.int32), 1), 0)
+    amax = _fp32(bits)
+    amax = tl.where(amax < MIN_BLOCK_AMAX, MIN_BLOCK_AMAX, amax)
+    scale = amax * (1.0 / E4M3_MAX)
+    q = _e4m3(_fp32(x) * tl.div_rn(1.0, scale))
+    dest = _pointer(segments, segment, 1, tl.int8, ALIGNED) + at
+    scale_pointer = tl.load(segments + segment * 8 + 3).to(tl.pointer_type(tl.float32)) + index
+    if CHECK:
+        held = tl.load(dest, mask=inside, other=0)
+        wrong = tl.sum(tl.sum(((held != q.to(tl.int8, bitcast=True)) & inside).to(tl.int32), 1), 0)
+        held_scale = tl.load(scale_pointer)
+        wrong += (held_scale.to(tl.int32, bitcast=True) != scale.to(tl.int32, bitcast=True)).to(tl.int32)
+    else:
+        tl.store(dest, q.to(tl.int8, bitcast=True), mask=inside)
+        tl.store(scale_pointer, scale)
+        wrong = (bits >= INF_BITS).to(tl.int32)
+    if wrong > 0:
+        tl.atomic_add(flag, 1, sem="relaxed")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One engine parameter, and its weights where the kernels find them."""
+
+    fmt: formats.Format
+    dest: torch.Tensor  # [O, I] or [O], dense
+    scale: torch.Tensor | None
+    weights: tuple[torch.Tensor, ...]  # stacked along O; dense bf16
+    group: int  # in this group's turn, check() also takes the scale's amax anew
+
+
+class _Segment(NamedTuple):
+    """A line of the table, as the kernels read it."""
+
+    source: int  # address; 0: zeros
+    dest: int
+    numel: int
+    scale: int  # address of the segment's first entry; 0: a copy
+    slot: int  # of the matrix's amax
+    owner: int  # 1: the first segment of its matrix, which writes the scale
+    rows: int
+    columns: int
+
+
+def _segments(item: Item, slot: int) -> Iterator[_Segment]:
+    row, width = 0, item.dest.shape[1] if item.dest.dim() == 2 else 1
+    entry = 0 if item.fmt.scale_rows == 0 else item.scale[0].numel()
+    for weight in item.weights:
+        dest = item.dest[row : row + weight.shape[0]]
+        at = row // max(item.fmt.scale_rows, 1) * entry
+        scale = 0 if item.scale is None else item.scale.data_ptr() + at * item.scale.element_size()
+        source = (weight.data_ptr(), dest.data_ptr(), dest.numel(), scale)
+        yield _Segment(*source, slot, row == 0, dest.shape[0], width)
+        row += weight.shape[0]
+    padding = item.dest[row:]
+    if padding.numel():
+        yield _Segment(0, padding.data_ptr(), padding.numel(), 0, slot, 0, padding.shape[0], width)
+
+
+class _Kernel(NamedTuple):
+    """Which kernel handles an item, and in what pieces. Items with equal ones share a launch."""
+
+    name: str
+    rows: int  # of a tile
+    columns: int
+    int8: bool = False
+
+    @classmethod
+    def of(cls, item: Item) -> "_Kernel":
+        if item.fmt in (formats.FP8_TENSOR, formats.COPY):
+            return cls("flat", 1, FLAT_TILE)
+        if item.fmt is formats.FP8_BLOCK:
+            return cls("blocks", formats.BLOCK, formats.BLOCK)
+        columns = triton.next_power_of_2(item.dest.shape[1])
+        return cls("rows", max(1, ROWS_TILE // columns), columns, item.fmt is formats.INT8)
+
+    def tiles(self, segment: _Segment) -> int:
+        if self.name == "flat":
+            return triton.cdiv(segment.numel, self.columns)
+        rows = triton.cdiv(segment.rows, self.rows)
+        return rows * triton.cdiv(segment.columns, self.columns) if self.name == "blocks" else rows
+
+    def aligned(self, segment: _Segment) -> bool:
+        """Whether loads and stores of 16 bytes never straddle anything."""
+        length = segment.numel if self.name == "flat" else segment.columns
+        return segment.source % 16 == segment.dest % 16 == length % 16 == 0
+
+    @property
+    def warps(self) -> int:
+        return min(max(self.rows * self.columns // 2048, 4), 16)
+
+
+class Sweep:
+    """The table of some items, and the launches over it.
+
+    Args:
+        items: what to write; the plan has checked that tensors are dense and sources bf16.
+        groups: in how many groups the items are.
+        flags: int32 (2,) on the device, shared by sweeps: [0] counts what write() found not finite, [1] what check()
+            found different.
+
+    `write` and `check` only launch: they allocate nothing, wait for nothing, and can be captured in a CUDA graph.
+    """
+
+    def __init__(self, items: Sequence[Item], groups: int, flags: torch.Tensor):
+        self._items = items  # the table holds their addresses
+        self._not_finite, self._different = flags[0:1], flags[1:2]
+        ordered = sorted(items, key=lambda i: (_Kernel.of(i), i.fmt is formats.COPY, i.group))
+        matrices = [i for i in ordered if i.fmt is formats.FP8_TENSOR]
+        segments: list[_Segment] = []
+        counts: list[int] = []
+        owners: list[int] = []
+        ends: list[int] = []  # of the tiles of each matrix
+        self._launches: list[tuple[_Kernel, bool, int, int]] = []  # (kernel, aligned, tiles first..stop)
+        for kernel, members in groupby(ordered, key=_Kernel.of):
+            first, start = sum(counts), len(segments)
+            for item in members:
+                if item.fmt is formats.FP8_TENSOR:
+                    owners.append(len(segments))
+                    ends = ends or [first]
+                for segment in _segments(item, len(owners) - 1):
+                    segments.append(segment)
+                    counts.append(kernel.tiles(segment))
+                if item.fmt is formats.FP8_TENSOR:
+                    ends.append(sum(counts))
+            aligned = all(kernel.aligned(s) for s in segments[start:])
+            self._launches.append((kernel, aligned, first, sum(counts)))
+        groups_of = [i.group for i in matrices]
+        self._turns = [(bisect_left(groups_of, g), bisect_right(groups_of, g)) for g in range(groups)]
+        self._ends = ends
+        device = flags.device
+        self._segments = torch.tensor(segments, dtype=torch.int64, device=device)
+        self._owners = torch.tensor(owners or [0], dtype=torch.int32, device=device)
+        per_segment = torch.tensor(counts, device=device)
+        segment_of = torch.repeat_interleave(torch.arange(len(counts), device=device), per_segment)
+        tile_of = torch.arange(len(segment_of), device=device) - (per_segment.cumsum(0) - per_segment)[segment_of]
+        self._tiles = torch.stack([segment_of, tile_of], 1).int().contiguous()
+        self._amax = torch.zeros(max(len(matrices), 1), dtype=torch.int32, device=device)  # of the last write()
+        self._amax_again = torch.zeros_like(self._amax)  # of the last check()
+
+    def write(self) -> None:
+        """Launch the quantization of all items."""
+        if self._ends:
+            self._amax.zero_()
+            self._find_amax(self._amax, 0, len(self._ends) - 1)
+        for kernel, aligned, first, stop in self._launches:
+            self._launch(kernel, aligned, first, stop, 1, self._not_finite, self._amax, (0, 0), check=False)
+
+    def check(self, turn: int, every: int) -> None:
+        """Launch the comparison of one tile in `every`, starting at `turn`, and of the scales whose turn it is; with
+        every = 1 of everything."""
+        low, high = self._turns[turn % every] if every > 1 else (0, len(self._ends) - 1)
+        if self._ends and high > low:
+            self._amax_again.zero_()
+            self._find_amax(self._amax_again, low, high)
+        for kernel, aligned, first, stop in self._launches:
+            start = first + turn % every
+            self._launch(
+                kernel, aligned, start, stop, every, self._different, self._amax_again, (low, high), check=True
+            )
+
+    def _find_amax(self, amax: torch.Tensor, low: int, high: int) -> None:
+        """Of matrices low..high."""
+        first, stop = self._ends[low], self._ends[high]
+        aligned = next(a for k, a, *_ in self._launches if k.name == "flat")
+        _amax_kernel[(stop - first,)](
+            self._tiles, self._segments, amax, first, TILE=FLAT_TILE, ALIGNED=aligned, num_warps=8
+        )
+
+    def _launch(
+        self, kernel: _Kernel, aligned: bool, first: int, stop: int, stride: int, flag: torch.Tensor,
+        amax: torch.Tensor, scales: tuple[int, int], check: bool,
+    ) -> None:  # fmt: skip
+        programs = max(0, triton.cdiv(stop - first, stride))
+        table = (self._tiles, self._segments, flag, first, stride)
+        constants = {"ALIGNED": aligned, "CHECK": check, "num_warps": kernel.warps}
+        if kernel.name == "flat":
+            low, high = scales
+            programs = max(programs, high - low)
+            if programs:
+                _flat_kernel[(programs,)](
+                    *table, stop, amax, self._owners, low, high - low, TILE=kernel.columns, **constants
+                )
+        elif programs and kernel.name == "rows":
+            _rows_kernel[(programs,)](*table, ROWS=kernel.rows, COLUMNS=kernel.columns, INT8=kernel.int8, **constants)
+        elif programs:
+            _blocks_kernel[(programs,)](*table, BLOCK=kernel.rows, **constants)
