@@ -18,9 +18,10 @@ Numerics, the operations and their order of vLLM's own quantizers, so that resul
 
     fp8_tensor   scale = amax / 448; q = x * (1 / scale). All zero: scale 0 and bytes of 448, whose real value is 0
     fp8_channel  scale = max(amax / 448, 1 / (448 * 512)); q = x / scale, a true division
-    fp8_block    amax at least 1e-4; scale = amax / 448 (on a GPU amax * (1 / 448)); q = x * (1 / scale)
-    int8         scale = amax / 127; q = x / scale, rounded to nearest even; an all-zero row has scale 0 and zeros.
-                 vLLM has no online INT8 for dense layers: this is its dynamic activation quantizer's scale, per row
+    fp8_block    amax at least 1e-4; scale = amax / 448; q = x * (1 / scale). vLLM has this one from torch.compile; on
+                 a GPU its division by 448 is a multiplication, and 1 / scale the GPU's fast division
+    int8         scale = max(amax / 127, 2**-100); q = x / scale, rounded to nearest even. vLLM has no online INT8 for
+                 dense layers: this is the scale of its dynamic activation quantizer, per row
 
 all in fp32, limited to the format's range, FP8 rounded to nearest even.
 """
@@ -34,6 +35,7 @@ import torch
 E4M3_MAX = 448.0
 INT8_MAX = 127.0
 CHANNEL_SCALE_MIN = 1.0 / (E4M3_MAX * 512.0)
+INT8_SCALE_MIN = 2.0**-100
 BLOCK = 128
 BLOCK_AMAX_MIN = 1e-4
 CHUNK_ELEMENTS = 1 << 24  # rows are handled in pieces of this many elements: 64 MiB of fp32 scratch
@@ -89,7 +91,7 @@ def _quantize_tensor(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def _channel_scales(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     scale = _divide(torch.cat([_amax(w, 1) for w in weights])[:, None], E4M3_MAX)
-    return torch.where(scale < CHANNEL_SCALE_MIN, CHANNEL_SCALE_MIN, scale)  # clamp would hide nothing but NaN
+    return torch.where(scale < CHANNEL_SCALE_MIN, CHANNEL_SCALE_MIN, scale)
 
 
 def _quantize_channel(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -104,23 +106,27 @@ def _block_scales(weights: Sequence[torch.Tensor]) -> torch.Tensor:
         parts.append(_amax(tiles, (1, 3)))
     amax = torch.cat(parts)
     amax = torch.where(amax < BLOCK_AMAX_MIN, BLOCK_AMAX_MIN, amax)
-    # vLLM compiles this one with torch.compile: what the GPU does with "/ 448" is the reciprocal's multiplication.
     return amax * (1.0 / E4M3_MAX) if amax.is_cuda else amax / E4M3_MAX
 
 
 def _quantize_block(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    inverse = torch.ones_like(scale) / scale
+    if scale.is_cuda:
+        from quant_kernels import reciprocal
+
+        inverse = reciprocal(scale)
+    else:
+        inverse = torch.ones_like(scale) / scale
     inverse = inverse.repeat_interleave(BLOCK, 0)[: rows.shape[0]].repeat_interleave(BLOCK, 1)[:, : rows.shape[1]]
     return _to_e4m3(rows.float() * inverse)
 
 
 def _int8_scales(weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    return _divide(torch.cat([_amax(w, 1) for w in weights])[:, None], INT8_MAX)
+    scale = _divide(torch.cat([_amax(w, 1) for w in weights])[:, None], INT8_MAX)
+    return torch.where(scale < INT8_SCALE_MIN, INT8_SCALE_MIN, scale)
 
 
 def _quantize_int8(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    values = torch.where(scale == 0, 0.0, rows.float() / scale)
-    return values.nan_to_num(0.0).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
+    return (rows.float() / scale).nan_to_num(0.0).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
 
 
 COPY = Format("copy", 0, lambda weights: weights[0].new_empty(0), lambda rows, scale: rows)

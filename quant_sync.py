@@ -15,6 +15,7 @@ quantized, the next one arrives.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -26,6 +27,10 @@ from quant_formats import COPY, Format, SyncError, read_format
 
 VERIFY_EVERY = 32  # verify() compares one piece of the engine's weights in this many, other ones each time
 STAGING_BYTES = 256 << 20  # of one of the two staging buffers; a parameter that is larger enlarges them
+
+# Scales of the KV cache, where vLLM keeps them as parameters: load_format "dummy" fills them with noise, sleep level 2
+# drops them, and the policy knows nothing of them. Without calibration they are 1.
+CONSTANTS = ("attn._q_scale", "attn._k_scale", "attn._v_scale", "attn._prob_scale")
 
 FAMILIES = "The families that are mapped are Qwen2, Qwen3 and Llama"
 
@@ -127,6 +132,8 @@ class _Wave:
 
             items = [
                 Item(r.format, r.dest, r.scale, tuple(w.values()), g)
+                if r.dest.element_size() <= 2
+                else Item(r.format, _as_int16(r.dest), None, tuple(map(_as_int16, w.values())), g, bf16=False)
                 for r, w, g in zip(rows, self.weights, groups, strict=True)
             ]
             self._sweep = Sweep(items, VERIFY_EVERY, flags)
@@ -189,6 +196,7 @@ class SyncPlan:
         watched = {id(t): (s.name, t) for r in rows for s in r.sources for t in s.watched}
         self._sources = [(name, t, t.data_ptr()) for name, t in watched.values()]
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        self._engine_model = engine_model
         self._flags = torch.zeros(2, dtype=torch.int32, device=device)  # (not finite, different), see Sweep
         self._build_waves(device)
         self.bytes_held = torch.cuda.memory_allocated(device) - before if device.type == "cuda" else 0
@@ -238,6 +246,12 @@ class SyncPlan:
                 continue  # written together with its weight
             names = _source_names(name, packed)
             missing = [n for n in names if n not in policy]
+            if name.endswith(CONSTANTS):
+                dest = param.data.reshape(-1)
+                rows.append(
+                    Row(name, COPY, dest, None, (Source(name, tuple(dest.shape), dest.dtype, torch.ones_like(dest)),))
+                )
+                continue
             if missing:
                 uncovered.append(f"{name} (no {', '.join(missing)} in the policy)")
                 continue
@@ -276,6 +290,29 @@ class SyncPlan:
                 wrong.append(f"{row.name} is {row.format.name}, not {wanted}")
         if wrong:
             raise SyncError(f"--rollout-quant {quant}: vLLM built {len(wrong)} layer(s) otherwise: {_first(wrong)}")
+
+    def check_coverage(self, blocks: Sequence[tuple[int, int]]) -> int:
+        """SyncError unless every byte of `blocks` (address, size: what sleep level 2 drops, Engine.weight_blocks)
+        belongs to a tensor that the sync writes or to a buffer, which vLLM saves itself. Returns the bytes of blocks.
+
+        Blocks are tensors rounded up to 512 bytes, so less than that may be left over in each.
+        """
+        written = [t for row in self.rows for t in (row.dest, row.scale) if t is not None]
+        spans = sorted(
+            {(t.data_ptr(), t.numel() * t.element_size()) for t in [*written, *self._engine_model.buffers()]}
+        )
+        starts = [address for address, _ in spans]
+        lost = []
+        for address, size in blocks:
+            inside = spans[bisect_left(starts, address) : bisect_left(starts, address + size)]
+            if size - sum(length for _, length in inside) >= 512:
+                lost.append(size - sum(length for _, length in inside))
+        if lost:
+            raise SyncError(
+                f"{sum(lost)} bytes of the engine's weights, in {len(lost)} tensor(s), are neither written by the sync "
+                "nor buffers, and sleep level 2 would lose them; use --sleep 1 or 0"
+            )
+        return sum(size for _, size in blocks)
 
     @torch.no_grad()
     def sync(self) -> None:
@@ -358,6 +395,10 @@ def _identity(value: "torch.Tensor | Source") -> int:
     return value.data_ptr()
 
 
+def _as_int16(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.int16)
+
+
 def _aligned(size: int) -> int:
     return -(-size // 256) * 256
 
@@ -415,5 +456,3 @@ def _check_shapes(row: Row, module: torch.nn.Module) -> None:
             )
         if s.tensor is not None and s.tensor.is_cuda and not s.tensor.is_contiguous():
             raise SyncError(f"the policy's {s.name} has strides {s.tensor.stride()}; make it contiguous")
-    if row.dest.is_cuda and row.dest.element_size() > 2:
-        raise SyncError(f"{row.name} is {row.dest.dtype} in the engine; the sync's kernels write bf16, FP8 and INT8")

@@ -128,7 +128,7 @@ class Engine:
                 model=model,
                 skip_tokenizer_init=tokenizer is None,
                 dtype="bfloat16",
-                **_quantization_options(quant, skip),
+                **quantization_options(quant, skip),
                 kv_cache_dtype=kv_cache_dtype,
                 load_format="dummy",
                 max_model_len=max_model_len,
@@ -152,6 +152,7 @@ class Engine:
         finally:
             torch.random.set_rng_state(state)  # LLM() seeds torch globally
         self.model: torch.nn.Module = self.llm.apply_model(lambda module: module)[0]
+        _settle_kv_scales(self.model)
 
     # -- weights -------------------------------------------------------------------------------------------------
 
@@ -166,10 +167,28 @@ class Engine:
         if self.sleep_level == 0 or self.asleep:
             return
         torch.cuda.synchronize()
-        self.llm.sleep(level=self.sleep_level)
+        with _frozen_heap():  # vLLM collects garbage when it sleeps: with its heap, most of the time of a sleep
+            self.llm.sleep(level=self.sleep_level)
         self.asleep = True
         if self.sleep_level == 2:
             self.version = None
+
+    def weight_blocks(self) -> list[tuple[int, int]]:
+        """(address, bytes) of all that is allocated in the memory that sleep level 2 drops and wakes as "weights", by
+        the allocator's own list. Empty without sleep mode."""
+        if self.sleep_level == 0:
+            return []
+        from vllm.device_allocator.cumem import CuMemAllocator
+
+        allocations = CuMemAllocator.get_instance().pointer_to_data
+        held = {address for address, data in allocations.items() if data.tag == "weights"}
+        return [
+            (block["address"], block["size"])
+            for segment in torch.cuda.memory_snapshot()
+            if segment["address"] in held
+            for block in segment["blocks"]
+            if block["state"] == "active_allocated"
+        ]
 
     def wake(self, *tags: str) -> None:
         """Take memory back: "weights" before a sync, "kv_cache" before generating."""
@@ -210,6 +229,20 @@ class Engine:
             for sample, text in zip(flat, texts, strict=True):
                 sample.text = text
         return groups
+
+
+def _settle_kv_scales(model: torch.nn.Module) -> None:
+    """KV-cache scales of 1 where vLLM made parameters of them (a compressed-tensors config, so INT8): dummy loading
+    filled those with noise. The sync writes the tensors again; vLLM also keeps their values as numbers."""
+    for module in model.modules():
+        for kind in "qkv":
+            scale = getattr(module, f"_{kind}_scale", None)
+            if isinstance(scale, torch.nn.Parameter):
+                scale.data.fill_(1.0)
+                setattr(module, f"_{kind}_scale_float", 1.0)
+                host = getattr(module, f"_{kind}_scale_cpu", None)
+                if host is not None:
+                    host.fill_(1.0)
 
 
 def _read_sample(output: Any, greedy: bool) -> Sample:
@@ -292,13 +325,22 @@ def _sampling_metrics(
 def _no_garbage_collection() -> Iterator[None]:
     """vLLM makes millions of small objects that live until the end; searching them meanwhile costs up to a third."""
     was_on = gc.isenabled()
-    gc.freeze()
     gc.disable()
     try:
-        yield
+        with _frozen_heap():
+            yield
     finally:
         if was_on:
             gc.enable()
+
+
+@contextlib.contextmanager
+def _frozen_heap() -> Iterator[None]:
+    """What exists now is not searched by the garbage collector meanwhile."""
+    gc.freeze()
+    try:
+        yield
+    finally:
         gc.unfreeze()
 
 
@@ -379,7 +421,7 @@ def skipped_layers(linear: Sequence[str], names: str) -> list[str]:
     return [layer for layer in linear if layer in skipped]
 
 
-def _quantization_options(quant: str, skip: Sequence[str]) -> dict[str, Any]:
+def quantization_options(quant: str, skip: Sequence[str]) -> dict[str, Any]:
     """Arguments of vLLM's LLM for a format and the layers that it leaves out."""
     if quant == "none":
         return {}

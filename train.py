@@ -229,6 +229,7 @@ def build(
     model = load_model(args.model, device, args.trust_remote_code)
     plan = SyncPlan.build(model, engine.model)
     plan.check_formats(args.rollout_quant, skip)
+    plan.check_coverage(engine.weight_blocks())
     try:
         policy = Policy(
             model,

@@ -32,6 +32,8 @@ SHAPES = {
                    num_attention_heads=28, num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False)),
     "qwen3-4b": ("qwen3", dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, head_dim=128,
                  num_attention_heads=32, num_key_value_heads=8, vocab_size=151936, tie_word_embeddings=True)),
+    "qwen3-8b": ("qwen3", dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, head_dim=128,
+                 num_attention_heads=32, num_key_value_heads=8, vocab_size=151936, tie_word_embeddings=False)),
     "qwen3-32b": ("qwen3", dict(hidden_size=5120, intermediate_size=25600, num_hidden_layers=64, head_dim=128,
                   num_attention_heads=64, num_key_value_heads=8, vocab_size=151936, tie_word_embeddings=False)),
     "llama-3.2-1b": ("llama", dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64,
@@ -60,6 +62,36 @@ def random_model(shape: str, device: str) -> torch.nn.Module:
             elif "norm" in name:
                 p.uniform_(0.5, 1.5)
     return model
+
+
+def random_weights(shape: str, device: str) -> dict[str, torch.Tensor]:
+    """The state dict of such a model, bf16, with a tied head listed twice; "tiny": the built-in model's own."""
+    if shape == "tiny":
+        from policy import load_model
+
+        return load_model(str(TOKENIZER), torch.device(device)).state_dict()
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape_config(shape), dtype=torch.bfloat16)
+    made: dict[int, torch.Tensor] = {}
+    weights = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if id(p) not in made:
+            tensor = torch.empty(p.shape, dtype=torch.bfloat16, device=device)
+            made[id(p)] = tensor.uniform_(0.5, 1.5) if "norm" in name else tensor.normal_(std=0.02)
+        weights[name] = made[id(p)]
+    return weights
+
+
+def save_config(shape: str, folder: str) -> str:
+    """Write the shape's config.json, with the architecture's name that vLLM looks for; returns the folder."""
+    config = shape_config(shape)
+    config.architectures = [
+        {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[config.model_type]
+    ]
+    config.save_pretrained(folder)
+    return folder
 
 
 def coin(completion: str, answer: str, row: dict) -> float:

@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def test_every_number_is_checked_from_below():
     """A numeric flag that is in no list of checks would take -1 in silence."""
     checked = {*config.POSITIVE, *config.AT_LEAST_ZERO}
     own_check = {"tis_cap", "top_p", "top_k", "kv_cache_gib", "samples_per_prompt", "dual_clip", "clip_high"}
-    numeric = {f.name for f in dataclasses.fields(Args) if "int" in str(f.type) or "float" in str(f.type)}
+    numeric = {f.name for f in dataclasses.fields(Args) if re.search(r"\b(int|float)\b", str(f.type))}
     assert numeric - checked - own_check == set()
     for name in numeric:
         with pytest.raises(ConfigError, match=config._flag(name)):
