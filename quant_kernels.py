@@ -327,7 +327,8 @@ class _Kernel(NamedTuple):
         width = item.dest.shape[1]
         head = max(triton.next_power_of_2(width + 1) // 2, 16)
         tail = triton.next_power_of_2(max(width - head, 16)) if width > head else 0
-        return cls("rows", max(1, ROWS_TILE // (head + tail)), head, tail, item.fmt is formats.INT8)
+        rows = triton.next_power_of_2(max(1, ROWS_TILE // (head + tail)) + 1) // 2
+        return cls("rows", rows, head, tail, item.fmt is formats.INT8)
 
     def tiles(self, segment: _Segment) -> int:
         if self.name == "flat":

@@ -294,8 +294,6 @@ class SyncPlan:
     def check_coverage(self, blocks: Sequence[tuple[int, int]]) -> int:
         """SyncError unless every byte of `blocks` (address, size: what sleep level 2 drops, Engine.weight_blocks)
         belongs to a tensor that the sync writes or to a buffer, which vLLM saves itself. Returns the bytes of blocks.
-
-        Blocks are tensors rounded up to 512 bytes, so less than that may be left over in each.
         """
         written = [t for row in self.rows for t in (row.dest, row.scale) if t is not None]
         spans = sorted(
@@ -305,7 +303,7 @@ class SyncPlan:
         lost = []
         for address, size in blocks:
             inside = spans[bisect_left(starts, address) : bisect_left(starts, address + size)]
-            if size - sum(length for _, length in inside) >= 512:
+            if sum(length for _, length in inside) < size:
                 lost.append(size - sum(length for _, length in inside))
         if lost:
             raise SyncError(

@@ -122,6 +122,8 @@ class Engine:
         self.asleep = False
         self._tokenizer = tokenizer
         self._sampling_params = vllm.SamplingParams
+        if sleep_level > 0:
+            _claim_workspaces()
         state = torch.random.get_rng_state()
         try:
             self.llm = vllm.LLM(
@@ -183,7 +185,7 @@ class Engine:
         allocations = CuMemAllocator.get_instance().pointer_to_data
         held = {address for address, data in allocations.items() if data.tag == "weights"}
         return [
-            (block["address"], block["size"])
+            (block["address"], block["requested_size"])
             for segment in torch.cuda.memory_snapshot()
             if segment["address"] in held
             for block in segment["blocks"]
@@ -229,6 +231,19 @@ class Engine:
             for sample, text in zip(flat, texts, strict=True):
                 sample.text = text
         return groups
+
+
+def _claim_workspaces() -> None:
+    """Let cuBLAS allocate its workspace now. Allocated while vLLM loads, it would lie in the memory that sleeps, and
+    the policy's first matrix product beside a sleeping engine would write to unmapped addresses."""
+    from vllm.utils.torch_utils import current_stream
+
+    a = torch.ones(16, 16, device="cuda", dtype=torch.bfloat16)
+    for _ in range(2):  # on the stream of now, and on the one that vLLM makes the current one
+        torch.addmm(a[0], a, a)
+        torch.mm(a, a)
+        current_stream()
+    torch.cuda.synchronize()
 
 
 def _settle_kv_scales(model: torch.nn.Module) -> None:

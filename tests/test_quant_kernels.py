@@ -339,10 +339,30 @@ def test_any_magnitude(work, fmt, kind):
 
 @per_format(QUANTIZED)
 def test_ties_go_to_the_even_number(work, fmt):
-    item = work.add(fmt, [6], 150, kind="ties")
+    item = work.add(fmt, [6], 100, kind="ties")
     work.sweep().write()
     assert bool((item.scale == 1).all())
     assert not (raw(item.dest)[:, 1:] % 2).any()
+
+
+@per_format([FP8_CHANNEL, INT8])
+def test_rows_are_divided_not_multiplied(interpreted, fmt):
+    """Every mantissa of bf16, in many binades, under every mantissa of the row's largest: near ties the reciprocal's
+    product would go to the other side."""
+    work = Work(interpreted)
+    item = work.add(fmt, [128], 128 * 9)
+    numbers = (torch.arange(128) / 128 + 1)[:, None] * torch.exp2(torch.arange(-8.0, 1.0))
+    for row, amax in enumerate(numbers[:, -1]):
+        item.weights[0][row] = torch.where(numbers <= amax, numbers, -amax).flatten().to(BF16)
+    sweep = work.sweep()
+    sweep.write()
+    work.assert_right()
+    sweep.check(0, 1)
+    assert work.flags.tolist() == [0, 0]
+    weights = item.weights[0].float()
+    inverse = torch.ones_like(item.scale) / item.scale
+    product = (weights * inverse).to(FP8).float() if fmt is FP8_CHANNEL else (weights * inverse).round()
+    assert (product != item.dest.float()).any()  # or the test could not tell
 
 
 def test_all_zero_matrices(work):
@@ -516,6 +536,10 @@ def test_a_flipped_bit_is_found_in_exactly_one_turn(work, fmt):
     for tensor in (item.dest, other.dest):
         for at, bit in places(tensor, 4):
             assert found_once(work, sweep, tensor, at, bit), (at, bit)
+    for tensor in (item.dest, other.dest):
+        raw(tensor).reshape(-1)[-1] ^= 1
+    assert work.found(sweep, 1) == [2]
+    sweep.write()
     # where one source ends and the next begins
     row = item.dest[0].numel() * item.dest.element_size()
     for end in np.cumsum([w.shape[0] for w in item.weights])[:-1]:
@@ -567,13 +591,12 @@ def with_another_scale(item, factor=2):
 
 
 def test_a_scale_that_its_bytes_agree_with_is_found_in_its_groups_turn(work):
-    mixed(work)
-    work.add(FP8_TENSOR, [5], 60, group=1)
-    work.add(FP8_TENSOR, [40], 30, group=6)
-    work.add(FP8_TENSOR, [5], 61, group=1)
+    work.add(FP8_BLOCK, [5], 40)
+    work.add(COPY, [300])
+    parts = {(5,): 1, (9, 4): 6, (7,): 1, (3, 2, 6): 2, (2,): 0}
+    matrices = [work.add(FP8_TENSOR, list(rows), 60, group=group) for rows, group in parts.items()]
     sweep = work.sweep(8)
     sweep.write()
-    matrices = [i for i in work.items if i.fmt is FP8_TENSOR]
     for item in matrices:
         with_another_scale(item)
         assert work.found(sweep, 8, first=16) == [int(turn == item.group) for turn in range(8)]
@@ -581,9 +604,8 @@ def test_a_scale_that_its_bytes_agree_with_is_found_in_its_groups_turn(work):
         sweep.write()
     for item in matrices:
         with_another_scale(item, 4)
-    groups = Counter(item.group for item in matrices)
-    assert work.found(sweep, 8) == [groups[turn] for turn in range(8)]
-    assert work.found(sweep, 1) == [len(matrices)]
+    assert work.found(sweep, 8) == [1, 2, 1, 0, 0, 0, 1, 0]
+    assert work.found(sweep, 1) == [5]
     sweep.write()
     assert work.found(sweep, 8) == [0] * 8
 

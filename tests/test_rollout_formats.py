@@ -1,4 +1,4 @@
-"""Each weight format in the real engine: what is sampled is the policy's; layers that stay bf16; what machines refuse."""
+"""Each weight format in the real engine: it samples from the policy; layers that stay bf16; what machines refuse."""
 
 import runtime  # noqa: F401
 
@@ -153,9 +153,9 @@ def test_check_formats_takes_what_was_asked_for_and_nothing_else(rig):
     for other in {"none", *HELD} - {rig.quant}:
         with pytest.raises(SyncError, match=rf"--rollout-quant {other}: vLLM built \d layer\(s\) otherwise: model\."):
             rig.plan.check_formats(other, rig.skip)
-    linear = [s.name[:-7] for r in rig.plan.rows if r.format.name != "copy" for s in r.sources]
+    last = [r for r in rig.plan.rows if r.format.name != "copy"][-1]
     with pytest.raises(SyncError, match=rf"vLLM built 1 layer.*is {HELD[rig.quant]}, not copy"):
-        rig.plan.check_formats(rig.quant, [*rig.skip, linear[-1]])
+        rig.plan.check_formats(rig.quant, [*rig.skip, *(s.name.removesuffix(".weight") for s in last.sources)])
     if rig.skip:
         with pytest.raises(SyncError, match=rf"model\.layers\..*is copy, not {HELD[rig.quant]}"):
             rig.plan.check_formats(rig.quant)

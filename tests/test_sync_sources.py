@@ -215,8 +215,10 @@ def test_waves_share_two_buffers_no_larger_than_they_must_be(monkeypatch):
         assert first != second
 
 
-def test_sources_are_asked_for_in_one_order():
+@pytest.mark.parametrize("groups", [32, 3, 1])
+def test_sources_are_asked_for_in_one_order(monkeypatch, groups):
     """What gathers shards must be called in the same order on every rank, in every sync and every verification."""
+    monkeypatch.setattr(quant_sync, "VERIFY_EVERY", groups)
     policy = small_policy()
     plan, log, _ = staged_plan("fp8-channel", policy, small_engine("fp8-channel"))
     orders = []

@@ -327,6 +327,9 @@ class FakeEngine:
     def sleep(self):
         self.events.append("sleep")
 
+    def weight_blocks(self):
+        return []
+
     def publish(self, version):
         self.events.append(f"publish {version}")
         self.version = version
@@ -354,6 +357,9 @@ class FakePlan:
 
     def check_formats(self, quant, skip=()):
         FakeEngine.events.append(f"formats {quant}")
+
+    def check_coverage(self, blocks):
+        FakeEngine.events.append(f"coverage {blocks}")
 
     def sync(self):
         FakeEngine.events.append("sync")
@@ -392,7 +398,7 @@ def test_the_loop_in_order(fake, tmp_path, monkeypatch, capsys):
     flags = ("--steps=4", "--eval-every=3", "--save-every=2", "--run-name=a", "--eval-size=2")
     run_main(monkeypatch, *one_or_two(tmp_path), *flags)
     step = ["wake kv_cache", "sample", "sleep", "wake weights", "sync"]
-    expected = ["build", "formats fp8", "sync", "verify full", "publish 0", "greedy"]
+    expected = ["build", "formats fp8", "coverage []", "sync", "verify full", "publish 0", "greedy"]
     for n in (1, 2, 3, 4):
         expected += [*step, f"verify {n}", f"publish {n}"]
         expected += ["wake kv_cache", "greedy"] if n in (3, 4) else []  # every third, and the last
