@@ -167,11 +167,12 @@ def _finish_columns(
     FIRST: tl.constexpr, COUNT: tl.constexpr, INT8: tl.constexpr, CHECK: tl.constexpr,
 ):  # fmt: skip
     """Quantize and store, or count what differs."""
-    value = _divide(_fp32(x), scale[:, None], inverse[:, None])
     if INT8:
+        value = _divide(_fp32(x), scale[:, None], inverse[:, None])
         q = tl.maximum(tl.minimum((value + ROUND) - ROUND, INT8_MAX), -INT8_MAX).to(tl.int8)
-    else:
-        q = _e4m3(value).to(tl.int8, bitcast=True)
+    else:  # |x|, and its sign put back: the residuals would lose the sign of a zero
+        value = tl.minimum(_divide(_fp32(x & 0x7FFF), scale[:, None], inverse[:, None]), E4M3_MAX)
+        q = value.to(tl.float8e4nv).to(tl.int8, bitcast=True) | ((x >> 8) & 0x80).to(tl.int8)
     column = FIRST + tl.arange(0, COUNT)
     inside = row_inside[:, None] & (column < columns)[None, :]
     at = row[:, None].to(tl.int64) * columns + column[None, :]
@@ -388,9 +389,9 @@ class Sweep:
         self._turns = [(bisect_left(groups_of, g), bisect_right(groups_of, g)) for g in range(groups)]
         self._ends = ends
         device = flags.device
-        self._segments = torch.tensor(segments, dtype=torch.int64, device=device)
+        self._segments = torch.tensor(segments, dtype=torch.int64, device=device).view(-1, len(_Segment._fields))
         self._owners = torch.tensor(owners or [0], dtype=torch.int32, device=device)
-        per_segment = torch.tensor(counts, device=device)
+        per_segment = torch.tensor(counts, dtype=torch.int64, device=device)
         segment_of = torch.repeat_interleave(torch.arange(len(counts), device=device), per_segment)
         tile_of = torch.arange(len(segment_of), device=device) - (per_segment.cumsum(0) - per_segment)[segment_of]
         self._tiles = torch.stack([segment_of, tile_of], 1).int().contiguous()

@@ -24,6 +24,7 @@ import torch
 
 import quant_formats as formats
 from quant_formats import COPY, Format, SyncError, read_format
+from weight_sources import Source, Watch
 
 VERIFY_EVERY = 32  # verify() compares one piece of the engine's weights in this many, other ones each time
 STAGING_BYTES = 256 << 20  # of one of the two staging buffers; a parameter that is larger enlarges them
@@ -33,57 +34,6 @@ STAGING_BYTES = 256 << 20  # of one of the two staging buffers; a parameter that
 CONSTANTS = ("attn._q_scale", "attn._k_scale", "attn._v_scale", "attn._prob_scale")
 
 FAMILIES = "The families that are mapped are Qwen2, Qwen3 and Llama"
-
-
-@dataclass(frozen=True)
-class Source:
-    """One policy tensor, [O, I] or [O].
-
-    `tensor` is read in place where it is on the engine's device; otherwise `fill(out)` lays it into `out`, a bf16
-    tensor of its shape on the engine's device, on whatever stream is current and without waiting for it.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    tensor: torch.Tensor | None = None
-    fill: Callable[[torch.Tensor], None] | None = None
-    watched: tuple[torch.Tensor, ...] = ()  # these must stay at their addresses
-
-    @staticmethod
-    def of(name: str, value: "torch.Tensor | Source", device: torch.device) -> "Source":
-        """The source for a policy tensor as it comes: on `device`, in pinned host memory, or a DTensor."""
-        if isinstance(value, Source):
-            return value
-        tensor = value.detach()
-        shape, dtype = tuple(tensor.shape), tensor.dtype
-        if hasattr(tensor, "full_tensor"):  # a DTensor (FSDP2): gathered when its group is staged, then dropped
-            return Source(name, shape, dtype, fill=lambda out: out.copy_(value.detach().full_tensor()))
-        if tensor.device == device:
-            return Source(name, shape, dtype, tensor, watched=(value,))
-        if not tensor.is_pinned():
-            raise SyncError(
-                f"the policy's {name} is on {tensor.device} and the engine on {device}; move it there, or into pinned "
-                "host memory (tensor.pin_memory()) from which it can be streamed"
-            )
-        return Source(name, shape, dtype, fill=lambda out: out.copy_(tensor, non_blocking=True), watched=(value,))
-
-    @staticmethod
-    def lora(
-        name: str, base: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float
-    ) -> "Source":  # fmt: skip
-        """base [O, I] + scaling * lora_B [O, R] @ lora_A [R, I], merged as it is staged; `base` is not changed.
-
-        The product is accumulated in fp32 from bf16 factors and rounded once, with the sum, to bf16.
-        """
-        a, b = (torch.empty_like(t, dtype=base.dtype, requires_grad=False) for t in (lora_A, lora_B))
-
-        def fill(out: torch.Tensor) -> None:
-            a.copy_(lora_A.detach())
-            b.copy_(lora_B.detach())
-            torch.addmm(base.detach(), b, a, alpha=scaling, out=out)
-
-        return Source(name, tuple(base.shape), base.dtype, fill=fill, watched=(base, lora_A, lora_B))
 
 
 @dataclass(frozen=True)
@@ -181,24 +131,20 @@ class SyncPlan:
         bytes_held: device memory of the plan itself: tables, and staging buffers where there are such sources.
     """
 
-    def __init__(self, rows: list[Row], engine_model: torch.nn.Module):
+    def __init__(self, rows: list[Row], engine_model: torch.nn.Module, policy_watch: Watch):
         self.rows = rows
         device = rows[0].dest.device
         self.bytes_read = sum(math.prod(s.shape) * s.dtype.itemsize for r in rows for s in r.sources)
         self.bytes_written = sum(t.numel() * t.dtype.itemsize for r in rows for t in (r.dest, r.scale) if t is not None)
         twice = sum(math.prod(s.shape) * 2 for r in rows if r.format is formats.FP8_TENSOR for s in r.sources)
         self.bytes_moved = self.bytes_read + twice + self.bytes_written
-        self._slots = []  # (name, owner's parameters, leaf, parameter, address): what CUDA graphs hold on to
-        for name, param in engine_model.named_parameters():
-            path, _, leaf = name.rpartition(".")
-            owner = engine_model.get_submodule(path)._parameters
-            self._slots.append((name, owner, leaf, param, param.data_ptr()))
-        watched = {id(t): (s.name, t) for r in rows for s in r.sources for t in s.watched}
-        self._sources = [(name, t, t.data_ptr()) for name, t in watched.values()]
-        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         self._engine_model = engine_model
+        self._engine_watch, self._policy_watch = Watch(), policy_watch  # what CUDA graphs hold on to; what is read
+        self._engine_watch.add_module(engine_model)
+        before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         self._flags = torch.zeros(2, dtype=torch.int32, device=device)  # (not finite, different), see Sweep
         self._build_waves(device)
+        self._written, self._graph = False, None
         self.bytes_held = torch.cuda.memory_allocated(device) - before if device.type == "cuda" else 0
 
     def _build_waves(self, device: torch.device) -> None:
@@ -233,7 +179,9 @@ class SyncPlan:
         Raises SyncError, naming the parameter, if an engine parameter has no source, if a policy tensor goes nowhere,
         or if shapes or dtypes do not fit. Nothing is written.
         """
+        watch = Watch()
         if isinstance(policy, torch.nn.Module):
+            watch.add_module(policy)
             policy = dict(policy.named_parameters(remove_duplicate=False))
         packed = getattr(engine_model, "packed_modules_mapping", {})
         engine = dict(engine_model.named_parameters())  # tied parameters are listed once
@@ -261,6 +209,9 @@ class SyncPlan:
             _check_shapes(row, engine_model.get_submodule(name.rpartition(".")[0]))
             rows.append(row)
             consumed.update(_identity(policy[n]) for n in names)
+            for source in row.sources:
+                for tensor in source.watched or filter(None.__ne__, (source.tensor,)):
+                    watch.add(source.name, tensor)
         if uncovered:
             raise SyncError(
                 f"{len(uncovered)} engine parameter(s) have no source in the policy: {_first(uncovered)}. {FAMILIES}"
@@ -268,7 +219,7 @@ class SyncPlan:
         unused = [n for n, t in policy.items() if _identity(t) not in consumed]
         if unused:
             raise SyncError(f"{len(unused)} policy tensor(s) go nowhere in the engine: {_first(unused)}")
-        return cls(rows, engine_model)
+        return cls(rows, engine_model, watch)
 
     def formats(self) -> dict[str, int]:
         """Parameters per format, for the start-up line."""
@@ -285,30 +236,27 @@ class SyncPlan:
             names = [s.name.removesuffix(".weight") for s in row.sources]
             if row.dest.dim() != 2 or names[0].endswith(("embed_tokens", "lm_head")):
                 continue
-            wanted = COPY.name if quant == "none" or names[0] in skip else formats.BY_FLAG[quant].name
+            wanted = COPY.name if quant == "none" or set(names) <= set(skip) else formats.BY_FLAG[quant].name
             if row.format.name != wanted:
                 wrong.append(f"{row.name} is {row.format.name}, not {wanted}")
         if wrong:
             raise SyncError(f"--rollout-quant {quant}: vLLM built {len(wrong)} layer(s) otherwise: {_first(wrong)}")
 
     def check_coverage(self, blocks: Sequence[tuple[int, int]]) -> int:
-        """SyncError unless every byte of `blocks` (address, size: what sleep level 2 drops, Engine.weight_blocks)
-        belongs to a tensor that the sync writes or to a buffer, which vLLM saves itself. Returns the bytes of blocks.
-        """
+        """SyncError unless every byte of `blocks` (address, size: what sleep level 2 drops and nobody else restores,
+        Engine.weight_blocks) belongs to a tensor that the sync writes. Returns the bytes of blocks."""
         written = [t for row in self.rows for t in (row.dest, row.scale) if t is not None]
-        spans = sorted(
-            {(t.data_ptr(), t.numel() * t.element_size()) for t in [*written, *self._engine_model.buffers()]}
-        )
+        spans = sorted((t.data_ptr(), t.numel() * t.element_size()) for t in written)
         starts = [address for address, _ in spans]
-        lost = []
+        left = []
         for address, size in blocks:
             inside = spans[bisect_left(starts, address) : bisect_left(starts, address + size)]
-            if sum(length for _, length in inside) < size:
-                lost.append(size - sum(length for _, length in inside))
+            left.append(size - sum(length for _, length in inside))
+        lost = [n for n in left if n > 0]
         if lost:
             raise SyncError(
-                f"{sum(lost)} bytes of the engine's weights, in {len(lost)} tensor(s), are neither written by the sync "
-                "nor buffers, and sleep level 2 would lose them; use --sleep 1 or 0"
+                f"{sum(lost)} bytes of the engine's weights, in {len(lost)} tensor(s), are not written by the sync, "
+                "and sleep level 2 would lose them; use --sleep 1 or 0"
             )
         return sum(size for _, size in blocks)
 
@@ -319,16 +267,32 @@ class SyncPlan:
         Raises SyncError if a tensor of the engine or the policy has moved since the plan was built (a captured CUDA
         graph would go on reading the old one, the sync would go on reading old weights).
         """
-        for name, owner, leaf, param, address in self._slots:
-            if owner.get(leaf) is not param or param.data_ptr() != address:
-                raise SyncError(f"{name} was replaced or moved since the plan was built; build a new engine and plan")
-        for name, tensor, address in self._sources:
-            if tensor.data_ptr() != address:
-                raise SyncError(f"the policy's {name} was moved since the plan was built; build a new plan")
-        self._flags.zero_()
-        self._resident.write()
+        if name := self._engine_watch.moved():
+            raise SyncError(f"{name} was replaced or moved since the plan was built; build a new engine and plan")
+        if name := self._policy_watch.moved():
+            raise SyncError(f"the policy's {name} was replaced or moved since the plan was built; build a new plan")
+        self._write_resident()
         for wave in self._each_staged(self._staged):
             wave.write()
+
+    def _write_resident(self) -> None:
+        """In the first call kernel by kernel; after that as one CUDA graph, since for a small model launching takes as
+        long as the work."""
+        if self._flags.is_cuda and self._written and not torch.cuda.is_current_stream_capturing():
+            if self._graph is None:
+                self._graph = torch.cuda.CUDAGraph()
+                stream = torch.cuda.Stream(self._flags.device)
+                stream.wait_stream(torch.cuda.current_stream())
+                with torch.cuda.stream(stream):
+                    self._graph.capture_begin(capture_error_mode="thread_local")
+                    self._flags.zero_()
+                    self._resident.write()
+                    self._graph.capture_end()
+            self._graph.replay()
+            return
+        self._flags.zero_()
+        self._resident.write()
+        self._written = True
 
     @torch.no_grad()
     def verify(self, turn: int = 0, full: bool = False) -> int:
@@ -388,9 +352,9 @@ def _source_names(engine_name: str, packed: Mapping[str, list[str]]) -> list[str
 
 def _identity(value: "torch.Tensor | Source") -> int:
     """Equal for tied tensors."""
-    if isinstance(value, Source) or hasattr(value, "full_tensor"):
+    if isinstance(value, Source):
         return id(value)
-    return value.data_ptr()
+    return (value.to_local() if hasattr(value, "full_tensor") else value).data_ptr()
 
 
 def _as_int16(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -122,8 +122,6 @@ class Engine:
         self.asleep = False
         self._tokenizer = tokenizer
         self._sampling_params = vllm.SamplingParams
-        if sleep_level > 0:
-            _claim_workspaces()
         state = torch.random.get_rng_state()
         try:
             self.llm = vllm.LLM(
@@ -155,6 +153,7 @@ class Engine:
             torch.random.set_rng_state(state)  # LLM() seeds torch globally
         self.model: torch.nn.Module = self.llm.apply_model(lambda module: module)[0]
         _settle_kv_scales(self.model)
+        self._others = self._save_others() if sleep_level == 2 else {}
 
     # -- weights -------------------------------------------------------------------------------------------------
 
@@ -176,21 +175,36 @@ class Engine:
             self.version = None
 
     def weight_blocks(self) -> list[tuple[int, int]]:
-        """(address, bytes) of all that is allocated in the memory that sleep level 2 drops and wakes as "weights", by
-        the allocator's own list. Empty without sleep mode."""
+        """(address, bytes) of what sleep level 2 drops and a sync must write: all that is allocated in the memory that
+        wakes as "weights", by the allocator's own list, but for buffers, which vLLM restores, and for what is neither
+        parameter nor buffer, which `wake` restores. Empty without sleep mode."""
         if self.sleep_level == 0:
             return []
+        restored = {t.data_ptr() for t in self.model.buffers()} | set(self._others)
+        return [(address, size) for address, size in self._pool_blocks() if address not in restored]
+
+    def _pool_blocks(self) -> Iterator[tuple[int, int]]:
         from vllm.device_allocator.cumem import CuMemAllocator
 
         allocations = CuMemAllocator.get_instance().pointer_to_data
         held = {address for address, data in allocations.items() if data.tag == "weights"}
-        return [
-            (block["address"], block["requested_size"])
-            for segment in torch.cuda.memory_snapshot()
-            if segment["address"] in held
-            for block in segment["blocks"]
-            if block["state"] == "active_allocated"
-        ]
+        for segment in torch.cuda.memory_snapshot():
+            if segment["address"] in held:
+                for block in segment["blocks"]:
+                    if block["state"] == "active_allocated":
+                        yield block["address"], block["requested_size"]
+
+    def _save_others(self) -> dict[int, tuple[int, torch.Tensor | None]]:
+        """address -> (bytes, their values on the host; None: zeros) of what lies among the weights but is neither
+        parameter nor buffer: states of vLLM's sampler, libraries' workspaces, as they are before the first request.
+        vLLM would lose them."""
+        known = {t.data_ptr() for t in [*self.model.parameters(), *self.model.buffers()]}
+        others = {}
+        for address, size in self._pool_blocks():
+            if address not in known:
+                values = _device_bytes(address, size)
+                others[address] = (size, values.cpu() if bool(values.any()) else None)
+        return others
 
     def wake(self, *tags: str) -> None:
         """Take memory back: "weights" before a sync, "kv_cache" before generating."""
@@ -198,6 +212,10 @@ class Engine:
             return
         torch.cuda.empty_cache()  # the allocator of sleep mode cannot see blocks that torch keeps for itself
         self.llm.wake_up(tags=list(tags))
+        if "weights" in tags and self.sleep_level == 2:
+            for address, (size, values) in self._others.items():
+                memory = _device_bytes(address, size)
+                memory.zero_() if values is None else memory.copy_(values)
         self.asleep = "kv_cache" not in tags
 
     # -- sampling ------------------------------------------------------------------------------------------------
@@ -233,17 +251,18 @@ class Engine:
         return groups
 
 
-def _claim_workspaces() -> None:
-    """Let cuBLAS allocate its workspace now. Allocated while vLLM loads, it would lie in the memory that sleeps, and
-    the policy's first matrix product beside a sleeping engine would write to unmapped addresses."""
-    from vllm.utils.torch_utils import current_stream
+def _device_bytes(address: int, size: int) -> torch.Tensor:
+    """Memory of the current GPU as a tensor of bytes: a view, by the interface through which torch takes addresses."""
 
-    a = torch.ones(16, 16, device="cuda", dtype=torch.bfloat16)
-    for _ in range(2):  # on the stream of now, and on the one that vLLM makes the current one
-        torch.addmm(a[0], a, a)
-        torch.mm(a, a)
-        current_stream()
-    torch.cuda.synchronize()
+    class Memory:
+        __cuda_array_interface__: ClassVar = {
+            "shape": (size,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+    return torch.as_tensor(Memory(), device="cuda")
 
 
 def _settle_kv_scales(model: torch.nn.Module) -> None:
@@ -391,20 +410,18 @@ def check_platform(quant: str, kv_cache_dtype: str = "auto") -> bool:
             other = "none" if flag == "--rollout-quant" else "auto"
             raise EngineError(
                 f"{flag} {value} needs a GPU with FP8 (compute capability 8.9 or more: Ada, Hopper, Blackwell); "
-                f"{has}. Use {flag} {other}" + (" or int8" if flag == "--rollout-quant" else "")
+                f"{has}. Use {flag} {other}" + (" or int8" if other == "none" and capability >= (7, 5) else "")
             )
     if quant == "int8" and not (7, 5) <= capability < (10, 0):
         raise EngineError(
             f"--rollout-quant int8 needs a GPU whose INT8 matrix units vLLM uses (compute capability 7.5 to 9.0: "
             f"Turing to Hopper); {has}. Use --rollout-quant fp8 or none"
         )
-    if quant == "fp8-block":
-        if os.environ.get("VLLM_USE_DEEP_GEMM") == "1":
-            raise EngineError(
-                "--rollout-quant fp8-block does not work with VLLM_USE_DEEP_GEMM=1: DeepGEMM quantizes the weights "
-                "once more, to scales that are powers of two. Unset the variable"
-            )
-        os.environ["VLLM_USE_DEEP_GEMM"] = "0"  # then vLLM takes CUTLASS, which needs no compiler at run time
+    if quant == "fp8-block" and os.environ.get("VLLM_USE_DEEP_GEMM") != "0":
+        raise EngineError(
+            "--rollout-quant fp8-block needs VLLM_USE_DEEP_GEMM=0 (import runtime first sets it): DeepGEMM quantizes "
+            "the weights once more, to scales that are powers of two"
+        )
     return True
 
 
@@ -416,7 +433,9 @@ def skipped_layers(linear: Sequence[str], names: str) -> list[str]:
     """
     skipped = set()
     for name in filter(None, (n.strip() for n in names.split(","))):
-        found = {layer for layer in linear for alias in FUSED.get(name, (name,)) if f".{alias}." in f".{layer}."}
+        path, _, leaf = name.rpartition(".")
+        aliases = [".".join(filter(None, (path, part))) for part in FUSED.get(leaf, (leaf,))]
+        found = {layer for layer in linear for alias in aliases if f".{alias}." in f".{layer}."}
         if not found:
             leaves = sorted({layer.rpartition(".")[2] for layer in linear})
             raise EngineError(

@@ -2,7 +2,7 @@
 
 One engine, one format. Every check prints a line; the first that fails ends the script with status 1.
 
-    coverage   all memory that sleep level 2 drops is written by the sync or is a buffer that vLLM saves
+    coverage   all memory that sleep level 2 drops is written by the sync, or restored by vLLM or by Engine.wake
     sentinel   asleep and awake again, that memory is filled with NaN; a sync leaves the same tokens as before
     addresses  no tensor moved, so that captured CUDA graphs go on reading the right ones
     graphs     graphs captured before a change of the policy sample from the changed one: log-probs follow HF's
@@ -41,16 +41,12 @@ def require(condition: bool, name: str, what: str) -> None:
 
 
 def poison(engine: Engine) -> int:
-    """NaN into all weight memory of a woken engine but its buffers, which vLLM has just restored; bytes written."""
+    """NaN (0xFF: in bf16, fp32 and float8_e4m3fn; -1 in int8) into all that the sync must write; the bytes."""
     from vllm.distributed.device_communicators.cuda_wrapper import CudaRTLibrary
 
-    saved = {buffer.data_ptr(): buffer.clone() for buffer in engine.model.buffers() if buffer.is_cuda}
     library, blocks = CudaRTLibrary(), engine.weight_blocks()
     for address, size in blocks:
-        library.cudaMemset(address, 0xFF, size)  # NaN in bf16, fp32 and float8_e4m3fn, -1 in int8
-    for buffer in engine.model.buffers():
-        if buffer.data_ptr() in saved:
-            buffer.copy_(saved[buffer.data_ptr()])
+        library.cudaMemset(address, 0xFF, size)
     torch.cuda.synchronize()
     return sum(size for _, size in blocks)
 
@@ -87,7 +83,9 @@ def main() -> None:
     plan = SyncPlan.build(model, engine.model)
     plan.check_formats(args.quant)
     covered = plan.check_coverage(engine.weight_blocks())
-    passed("coverage", f"{covered / 2**20:.1f} MiB in {len(engine.weight_blocks())} blocks")
+    others = sum(size for size, _ in engine._others.values())
+    passed("coverage", f"{covered / 2**20:.1f} MiB in {len(engine.weight_blocks())} tensors; beside them buffers, and "
+           f"{others / 2**20:.1f} MiB in {len(engine._others)} others that are restored")  # fmt: skip
 
     prompts = [[1, 260 + i, 265, 270 + i, 2] for i in range(16)]
 

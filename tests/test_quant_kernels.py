@@ -165,22 +165,23 @@ class Work:
         self._guards = []
 
     def tensor(self, shape, dtype, shift=0):
-        """`shift` elements away from 16-byte alignment."""
+        """`shift` elements off 16-byte alignment."""
         byte = 0x80 if dtype == torch.int8 else 0xFF
         start, size = GUARD + shift * dtype.itemsize, math.prod(shape) * dtype.itemsize
         memory = torch.full((start + size + GUARD,), byte, dtype=torch.uint8)
         self._guards += [(memory[:start], byte), (memory[start + size :], byte)]
         return memory[start : start + size].view(dtype).view(shape)
 
-    def add(self, fmt, parts, width=None, padding=0, *, kind="random", group=0, shift=0):
+    def add(self, fmt, parts, width=None, padding=0, *, kind="random", group=0, shift=(0, 0)):
+        """`shift`: of the sources, of the destination."""
         rows = sum(parts) + padding
         weights = []
         for n in parts:
             x = values(kind, n, width or 1, fmt)
-            weights.append(self.tensor(x.shape if width else (n,), BF16, shift))
+            weights.append(self.tensor(x.shape if width else (n,), BF16, shift[0]))
             weights[-1].copy_(x.view_as(weights[-1]))
         dtype = {COPY: BF16, INT8: torch.int8}.get(fmt, FP8)
-        dest = self.tensor((rows, width) if width else (rows,), dtype, shift)
+        dest = self.tensor((rows, width) if width else (rows,), dtype, shift[1])
         blocks = (-(-rows // formats.BLOCK), -(-(width or 1) // formats.BLOCK))
         scale = {0: (1,), 1: (rows, 1), formats.BLOCK: blocks}[fmt.scale_rows]
         scale = None if fmt is COPY else self.tensor(scale, torch.float32)
@@ -261,46 +262,49 @@ def mixed(work):
 
 # ---- write
 
-SHAPES = {  # parts, width, padding, shift
-    "one source": ([16], 64, 0, 0),
-    "two fused": ([16, 8], 32, 0, 0),
-    "three fused, odd sizes": ([4, 3, 6], 37, 0, 0),
-    "odd width": ([16], 33, 0, 0),
-    "not aligned in memory": ([16], 32, 0, 1),
-    "rows longer than a tile": ([3, 2], 500, 0, 0),
-    "long rows, aligned": ([2], 528, 0, 0),
-    "one row": ([1], 48, 0, 0),
-    "one column": ([11], 1, 0, 0),
-    "one element": ([1], 1, 0, 0),
+SHAPES = {
+    "one source": dict(parts=[16], width=64),
+    "two fused": dict(parts=[16, 8], width=32),
+    "three fused, odd sizes": dict(parts=[4, 3, 6], width=37),
+    "odd width": dict(parts=[16], width=33),
+    "source not aligned": dict(parts=[16], width=32, shift=(1, 0)),
+    "destination not aligned": dict(parts=[16], width=32, shift=(0, 1)),
+    "rows longer than a tile": dict(parts=[3, 2], width=500),
+    "long rows, aligned": dict(parts=[2], width=528),
+    "one row": dict(parts=[1], width=48),
+    "one column": dict(parts=[11], width=1),
+    "one element": dict(parts=[1], width=1),
 }
 BLOCK_SHAPES = {
-    "one block": ([128], 128, 0, 0),
-    "three fused": ([128, 256, 128], 128, 0, 0),
-    "partial last blocks": ([128, 5], 144, 0, 0),
-    "partial last blocks, odd sizes": ([128, 7], 259, 0, 0),
-    "less than a block": ([40], 37, 0, 0),
-    "not aligned in memory": ([128], 64, 0, 1),
-    "one element": ([1], 1, 0, 0),
+    "one block": dict(parts=[128], width=128),
+    "three fused": dict(parts=[128, 256, 128], width=128),
+    "partial last blocks": dict(parts=[128, 5], width=144),
+    "partial last blocks, odd sizes": dict(parts=[128, 7], width=259),
+    "less than a block": dict(parts=[40], width=37),
+    "source not aligned": dict(parts=[128], width=64, shift=(1, 0)),
+    "destination not aligned": dict(parts=[128], width=64, shift=(0, 1)),
+    "one element": dict(parts=[1], width=1),
 }
 COPY_SHAPES = {
-    "1-D": ([304], None, 0, 0),
-    "1-D, odd size": ([301], None, 0, 0),
-    "1-D, three fused, odd sizes": ([9, 300, 5], None, 0, 0),
-    "1-D, padded": ([50], None, 14, 0),
-    "padded": ([16], 48, 16, 0),
-    "padded, odd size": ([21], 37, 11, 0),
-    "one padded row": ([7], 40, 1, 0),
+    "1-D": dict(parts=[304]),
+    "1-D, odd size": dict(parts=[301]),
+    "1-D, three fused, odd sizes": dict(parts=[9, 300, 5]),
+    "1-D, padded": dict(parts=[50], padding=14),
+    "padded": dict(parts=[16], width=48, padding=16),
+    "padded, odd size": dict(parts=[21], width=37, padding=11),
+    "one padded row": dict(parts=[7], width=40, padding=1),
 }
-CASES = {
-    f"{fmt.name}, {name}": (fmt, *case) for fmt in (FP8_TENSOR, FP8_CHANNEL, INT8) for name, case in SHAPES.items()
-}
-CASES |= {f"fp8_block, {name}": (FP8_BLOCK, *case) for name, case in BLOCK_SHAPES.items()}
-CASES |= {f"copy, {name}": (COPY, *case) for name, case in (SHAPES | COPY_SHAPES).items()}
+CASES = [(fmt, SHAPES, name) for fmt in (FP8_TENSOR, FP8_CHANNEL, INT8, COPY) for name in SHAPES]
+CASES += [(FP8_BLOCK, BLOCK_SHAPES, name) for name in BLOCK_SHAPES] + [
+    (COPY, COPY_SHAPES, name) for name in COPY_SHAPES
+]
 
 
-@pytest.mark.parametrize(("fmt", "parts", "width", "padding", "shift"), CASES.values(), ids=CASES)
-def test_bytes_and_scales_equal_the_reference(work, fmt, parts, width, padding, shift):
-    item = work.add(fmt, parts, width, padding, shift=shift)
+@pytest.mark.parametrize(
+    ("fmt", "case"), [(fmt, shapes[n]) for fmt, shapes, n in CASES], ids=[f"{fmt.name}, {n}" for fmt, _, n in CASES]
+)
+def test_bytes_and_scales_equal_the_reference(work, fmt, case):
+    item = work.add(fmt, **case)
     sweep = work.sweep()
     SEEN.clear()
     sweep.write()
@@ -310,18 +314,12 @@ def test_bytes_and_scales_equal_the_reference(work, fmt, parts, width, padding, 
     assert work.flags.tolist() == [0, 0]
     weights = {str(i): w for i, w in enumerate(item.weights)}
     assert formats.check(reference(fmt), item.dest, item.scale, weights) is None
-    # The fast path is taken exactly where every row, or the whole of a flat piece, is in units of 16.
-    flat = fmt in (COPY, FP8_TENSOR)
-    sizes = [n * (width or 1) for n in [*parts, padding]] if flat else [width]
     assert bool(SEEN["fast division"]) == (fmt is FP8_BLOCK)
-    assert bool(SEEN["divisible"]) == (shift == 0 and not any(n % 16 for n in sizes) and aligned(item))
-
-
-def aligned(item):
-    """Every source's place in the destination too."""
-    width = item.dest[0].numel() * item.dest.element_size()
-    ends = np.cumsum([w.shape[0] for w in item.weights])[: -1 if item.dest.shape[0] == 1 else None]
-    return not any(int(n) * width % 16 for n in ends if n < item.dest.shape[0])
+    # The fast path is taken exactly where 16 bytes at a time never straddle anything.
+    memory = [*item.weights, *item.dest.split([w.shape[0] for w in item.weights] + [case.get("padding", 0)])]
+    lengths = [t.numel() for t in memory] if fmt in (COPY, FP8_TENSOR) else [case["width"]]
+    places = [t.data_ptr() for t in memory if t.numel()]
+    assert bool(SEEN["divisible"]) == (not any(n % 16 for n in [*lengths, *places]))
 
 
 @per_format(FORMATS)
@@ -350,10 +348,12 @@ def test_rows_are_divided_not_multiplied(interpreted, fmt):
     """Every mantissa of bf16, in many binades, under every mantissa of the row's largest: near ties the reciprocal's
     product would go to the other side."""
     work = Work(interpreted)
-    item = work.add(fmt, [128], 128 * 9)
-    numbers = (torch.arange(128) / 128 + 1)[:, None] * torch.exp2(torch.arange(-8.0, 1.0))
+    binades = 9 if fmt is INT8 else 19
+    item = work.add(fmt, [129], 128 * binades)
+    numbers = (torch.arange(128) / 128 + 1)[:, None] * torch.exp2(torch.arange(1.0 - binades, 1))
     for row, amax in enumerate(numbers[:, -1]):
         item.weights[0][row] = torch.where(numbers <= amax, numbers, -amax).flatten().to(BF16)
+    item.weights[0][128] = numbers.flatten().to(BF16) * 2.0**-10  # under FP8's least scale
     sweep = work.sweep()
     sweep.write()
     work.assert_right()
@@ -499,13 +499,15 @@ def test_a_check_writes_nothing(work):
 def test_a_check_between_two_writes_changes_neither(work):
     sweep = mixed(work).sweep()
     sweep.write()
-    for weight in work.items[1].weights:
-        weight.mul_(3)
-    assert sum(work.found(sweep, 4)) > 0
-    work.flags.zero_()
-    sweep.write()
-    work.assert_right()
-    assert work.found(sweep, 1) == [0]
+    for factor in (4, 1 / 8):  # a maximum that grows, and one that shrinks
+        for weight in work.items[1].weights:
+            weight.mul_(factor)
+        assert sum(work.found(sweep, 4)) > 0
+        work.flags.zero_()
+        sweep.write()
+        work.assert_right()
+        assert work.found(sweep, 1) == [0]
+        assert work.found(sweep, 4) == [0] * 4
 
 
 def places(tensor, n):

@@ -328,9 +328,8 @@ class _Platform:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """gpu((9, 0)): this machine is one with a GPU of that compute capability, and VLLM_USE_DEEP_GEMM is not set."""
-    monkeypatch.setenv(DEEP_GEMM, "")  # so that it is put back, whatever is done to it
-    monkeypatch.delenv(DEEP_GEMM)
+    """gpu((9, 0)): this machine is one with a GPU of that compute capability."""
+    assert os.environ[DEEP_GEMM] == "0"  # runtime sets it
     monkeypatch.setattr("vllm.platforms.current_platform", _Platform(cpu=False))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Some")
@@ -365,12 +364,10 @@ def test_a_format_that_the_gpu_lacks_is_refused_by_flag(gpu, capability, quant, 
         words = ["--kv-cache-dtype fp8 needs", "8.9", f"{has}--kv-cache-dtype auto"]
     else:
         assert check_platform(quant, kv_cache_dtype) is True
-        assert os.environ.get(DEEP_GEMM) == ("0" if quant == "fp8-block" else None)
         return
     with pytest.raises(EngineError) as error:
         check_platform(quant, kv_cache_dtype)
     assert [w for w in words if w not in str(error.value)] == []
-    assert DEEP_GEMM not in os.environ
 
 
 def test_messages_offer_what_the_gpu_has(gpu):
@@ -386,18 +383,17 @@ def test_messages_offer_what_the_gpu_has(gpu):
     assert check_platform("fp8") is True
 
 
-@pytest.mark.parametrize("value", ["0", "1"])
+@pytest.mark.parametrize("value", ["0", "1", None])
 @pytest.mark.parametrize("quant", QUANTS)
-def test_deep_gemm_is_off_for_blocks_and_left_alone_otherwise(gpu, monkeypatch, quant, value):
-    """It would quantize the engine's weights once more, to scales that no sync writes."""
+def test_deep_gemm_must_be_off_for_blocks(gpu, monkeypatch, quant, value):
+    """It would quantize the engine's weights once more, to scales that no sync writes; unset, vLLM uses it."""
     gpu((9, 0))
-    monkeypatch.setenv(DEEP_GEMM, value)
-    if (quant, value) == ("fp8-block", "1"):
-        with pytest.raises(EngineError, match=rf"--rollout-quant fp8-block .*{DEEP_GEMM}=1.*Unset the variable"):
+    monkeypatch.setenv(DEEP_GEMM, value) if value else monkeypatch.delenv(DEEP_GEMM)
+    if quant == "fp8-block" and value != "0":
+        with pytest.raises(EngineError, match=rf"--rollout-quant fp8-block needs {DEEP_GEMM}=0"):
             check_platform(quant)
     else:
         assert check_platform(quant) is True
-    assert os.environ[DEEP_GEMM] == value
 
 
 @pytest.mark.parametrize("quant", QUANTS)

@@ -312,7 +312,6 @@ def test_a_tensor_of_another_device_is_refused_by_name():
         Source.of("a.weight", torch.empty(2, 2, device="meta"), CPU)
 
 
-@pytest.mark.xfail(strict=True, raises=(NotImplementedError, RuntimeError), reason="an empty table is not built yet")
 def test_the_kernels_table_may_be_empty():
     """So it is on a GPU whose every weight is staged."""
     kernels = pytest.importorskip("quant_kernels")
@@ -459,14 +458,11 @@ def test_sync_refuses_a_policy_tensor_that_was_moved(name, as_module):
     same_bytes_elsewhere(tensor)
     change(tensor)
     before = snapshot(engine)
-    with pytest.raises(SyncError, match=rf"^the policy's {re.escape(name)} was moved"):
+    with pytest.raises(SyncError, match=rf"^the policy's {re.escape(name)} was replaced or moved"):
         plan.sync()
     assert differing(snapshot(engine), before) == []  # refused before the first byte
 
 
-@pytest.mark.xfail(
-    strict=True, raises=pytest.fail.Exception, reason="only the addresses of the first parameters are looked at"
-)
 @pytest.mark.parametrize("how", ["setattr", "load_state_dict"])
 def test_sync_refuses_a_parameter_that_was_reassigned(how):
     """The plan would go on reading, and verifying against, a tensor that the policy no longer has."""
@@ -492,7 +488,7 @@ def test_sync_refuses_an_adapter_or_a_base_that_was_moved(which):
     same_bytes_elsewhere(
         {"base": adapted.base[name], "A": adapted.adapters[name][0], "B": adapted.adapters[name][1]}[which]
     )
-    with pytest.raises(SyncError, match=rf"^the policy's {re.escape(name)} was moved"):
+    with pytest.raises(SyncError, match=rf"^the policy's {re.escape(name)} was replaced or moved"):
         plan.sync()
 
 
