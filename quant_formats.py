@@ -20,8 +20,8 @@ Numerics, the operations and their order of vLLM's own quantizers, so that resul
     fp8_channel  scale = max(amax / 448, 1 / (448 * 512)); q = x / scale, a true division
     fp8_block    amax at least 1e-4; scale = amax / 448; q = x * (1 / scale). vLLM has this one from torch.compile; on
                  a GPU its division by 448 is a multiplication, and 1 / scale the GPU's fast division
-    int8         scale = max(amax / 127, 2**-100); q = x / scale, rounded to nearest even. vLLM has no online INT8 for
-                 dense layers: this is the scale of its dynamic activation quantizer, per row
+    int8         scale = amax / 127; q = x * (127 / amax), rounded to nearest even. vLLM has no online INT8 for dense
+                 layers: this is its quantizer of activations, applied to rows. A row below 1e-30 becomes zeros
 
 all in fp32, limited to the format's range, FP8 rounded to nearest even.
 """
@@ -35,7 +35,7 @@ import torch
 E4M3_MAX = 448.0
 INT8_MAX = 127.0
 CHANNEL_SCALE_MIN = 1.0 / (E4M3_MAX * 512.0)
-INT8_SCALE_MIN = 2.0**-100
+INT8_AMAX_MIN = 1e-30  # below, 127 / amax would leave fp32's range
 BLOCK = 128
 BLOCK_AMAX_MIN = 1e-4
 CHUNK_ELEMENTS = 1 << 24  # rows are handled in pieces of this many elements: 64 MiB of fp32 scratch
@@ -121,12 +121,14 @@ def _quantize_block(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def _int8_scales(weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    scale = _divide(torch.cat([_amax(w, 1) for w in weights])[:, None], INT8_MAX)
-    return torch.where(scale < INT8_SCALE_MIN, INT8_SCALE_MIN, scale)
+    return _divide(torch.cat([_amax(w, 1) for w in weights])[:, None], INT8_MAX)
 
 
 def _quantize_int8(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return (rows.float() / scale).nan_to_num(0.0).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
+    """`scale` is not used: its reciprocal is one rounding away from 127 / amax."""
+    amax = _amax(rows, 1)[:, None]
+    inverse = torch.where(amax < INT8_AMAX_MIN, 0.0, torch.full_like(amax, INT8_MAX) / amax)
+    return (rows.float() * inverse).nan_to_num(0.0).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
 
 
 COPY = Format("copy", 0, lambda weights: weights[0].new_empty(0), lambda rows, scale: rows)
@@ -238,23 +240,28 @@ def agrees(
     turn: int,
     every: int,
 ) -> bool:
-    """The cheap half of the proof: one row of the weights in `every`, another one each `turn`, as it must be under the
-    scale that the engine holds. (Whether that scale is the policy's is what `check` knows.)"""
+    """The cheap half of the proof: one row of the weights in `every` (of blocks one row of blocks), another one each
+    `turn`, with its scale. A scale for a whole matrix is taken as the engine holds it: whether it is the policy's is
+    what `check` knows."""
     unit = max(fmt.scale_rows, 1)
     offset = 0
     for weight in weights:
-        for start in range(turn % every * unit, weight.shape[0], every * unit) if unit > 1 else (turn % every,):
-            span = slice(start, start + unit) if unit > 1 else slice(start, None, every)
+        held, first = dest[offset : offset + weight.shape[0]], turn % every * unit
+        spans = [slice(first, None, every)]
+        if unit > 1:
+            spans = [slice(at, at + unit) for at in range(first, weight.shape[0], every * unit)]
+        for span in spans:
             rows = weight[span]
-            held = dest[offset:][: weight.shape[0]][span]
-            entries = scale
-            if scale is not None and fmt.scale_rows:
-                at = offset // fmt.scale_rows
-                entries = scale[at + start // unit : at + start // unit + 1] if unit > 1 else scale[offset:][span]
-            if entries is not None and fmt.scale_rows == 1:
-                entries = entries[: rows.shape[0]]
-            values = rows if entries is None else fmt.quantize(rows, entries)
-            if not torch.equal(_bits(held), _bits(values)):
+            if rows.shape[0] and fmt.scale_rows:
+                entries = scale[offset // unit : -(-(offset + weight.shape[0]) // unit)]
+                entries = entries[span] if unit == 1 else entries[span.start // unit : span.start // unit + 1]
+                wanted = fmt.scales([rows])
+                if not torch.equal(entries, wanted):
+                    return False
+                rows = fmt.quantize(rows, wanted)
+            elif rows.shape[0] and scale is not None:
+                rows = fmt.quantize(rows, scale)
+            if not torch.equal(_bits(held[span]), _bits(rows)):
                 return False
         offset += weight.shape[0]
     return True

@@ -144,7 +144,7 @@ class SyncPlan:
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         self._flags = torch.zeros(2, dtype=torch.int32, device=device)  # (not finite, different), see Sweep
         self._build_waves(device)
-        self._written, self._graph = False, None
+        self._graph: torch.cuda.CUDAGraph | None = None
         self.bytes_held = torch.cuda.memory_allocated(device) - before if device.type == "cuda" else 0
 
     def _build_waves(self, device: torch.device) -> None:
@@ -276,23 +276,22 @@ class SyncPlan:
             wave.write()
 
     def _write_resident(self) -> None:
-        """In the first call kernel by kernel; after that as one CUDA graph, since for a small model launching takes as
-        long as the work."""
-        if self._flags.is_cuda and self._written and not torch.cuda.is_current_stream_capturing():
-            if self._graph is None:
-                self._graph = torch.cuda.CUDAGraph()
-                stream = torch.cuda.Stream(self._flags.device)
-                stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(stream):
-                    self._graph.capture_begin(capture_error_mode="thread_local")
-                    self._flags.zero_()
-                    self._resident.write()
-                    self._graph.capture_end()
+        """As one CUDA graph, since for a small model launching takes as long as the work; the first call launches one
+        by one, for Triton to compile, and captures the graph."""
+        if self._graph is not None and not torch.cuda.is_current_stream_capturing():
             self._graph.replay()
             return
         self._flags.zero_()
         self._resident.write()
-        self._written = True
+        if self._flags.is_cuda and self._graph is None and not torch.cuda.is_current_stream_capturing():
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._flags.device)
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                graph.capture_begin(capture_error_mode="thread_local")
+                self._flags.zero_()
+                self._resident.write()
+                graph.capture_end()
+            self._graph = graph
 
     @torch.no_grad()
     def verify(self, turn: int = 0, full: bool = False) -> int:

@@ -218,6 +218,8 @@ def bench(shape: str, quant: str, policy: dict[str, torch.Tensor], repeat: int, 
     result["gb_per_s"] = round(plan.bytes_moved / result["ours"]["median"] / 1e6, 1)
     result["of_copy_bandwidth"] = round(result["gb_per_s"] / bandwidth, 3)
     result["addresses_changed"] = [n for n, p in model.named_parameters() if p.data_ptr() != addresses[n]]
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.new_empty(0)  # vLLM keeps its models; their memory is wanted for the next one
     return result
 
 

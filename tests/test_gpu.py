@@ -117,8 +117,7 @@ def test_kernels_write_the_references_bytes(quant):
 
 @pytest.mark.parametrize("quant", QUANT)
 def test_kernels_write_the_bytes_of_vllms_quantizer(quant):
-    """Of the functions that vLLM's load calls. INT8 has none for weights: its quantizer of activations is one rounding
-    of the quotient away, and may differ by one step in a few of a million."""
+    """Of the functions that vLLM's load calls; INT8 has none for weights: there its quantizer of activations."""
     from vllm import _custom_ops as ops
     from vllm.utils.deep_gemm import per_block_cast_to_fp8
 
@@ -136,8 +135,7 @@ def test_kernels_write_the_bytes_of_vllms_quantizer(quant):
             continue
         q, scale = quantize(torch.cat([s.tensor for s in row.sources]))
         assert torch.equal(row.scale.view(-1), scale.view(-1)), row.name
-        different = (raw(q.contiguous()) != raw(row.dest.contiguous())).sum()
-        assert int(different) <= (q.numel() * 1e-5 if quant == "int8" else 0), row.name
+        assert torch.equal(raw(q.contiguous()), raw(row.dest.contiguous())), row.name
 
 
 @pytest.mark.parametrize("quant", QUANT)

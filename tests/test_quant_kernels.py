@@ -47,7 +47,7 @@ def interpreted():
     Triton asks TRITON_INTERPRET where a function is decorated, those of its own library included, and the interpreter
     patches that library for good. So these tests have a copy of Triton to themselves; others find theirs as it was.
     """
-    # The compiled library remembers classes of the copy that calls it first: that is to be the others'.
+    # Triton's compiled library keeps classes of the copy that calls it first: let that be the copy of the others.
     importlib.import_module("triton.runtime.jit").mangle_type(0)
     others = loaded()
     for name in others:
@@ -97,7 +97,7 @@ def like_a_gpu(interpreter):
         return interpreter.TensorHandle(total.astype(np.float32), z.dtype.scalar)
 
     def patch_once(function):
-        """Nobody else uses this copy: no need to patch it again for every call, and to mend it after."""
+        """Nobody else uses this copy: no need to patch it anew for every call."""
         if id(function.__globals__) not in patched:
             patched.add(id(function.__globals__))
             patch_language(function)
@@ -127,8 +127,8 @@ NUMBERS = torch.arange(127, dtype=torch.uint8).view(FP8).float()  # the magnitud
 KINDS = ["random", "huge range", "ties", "fp8 subnormal", "bf16 subnormal", "largest", "zero rows", "zero"]
 
 
-def values(kind, rows, columns, fmt=FP8_TENSOR):
-    g = torch.Generator().manual_seed(1000 * rows + columns)
+def values(kind, rows, columns, fmt=FP8_TENSOR, seed=0):
+    g = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, columns, generator=g)
     if kind == "huge range":
         x *= torch.exp2(torch.randint(-120, 120, x.shape, generator=g).float())
@@ -177,7 +177,7 @@ class Work:
         rows = sum(parts) + padding
         weights = []
         for n in parts:
-            x = values(kind, n, width or 1, fmt)
+            x = values(kind, n, width or 1, fmt, seed=len(self._guards))
             weights.append(self.tensor(x.shape if width else (n,), BF16, shift[0]))
             weights[-1].copy_(x.view_as(weights[-1]))
         dtype = {COPY: BF16, INT8: torch.int8}.get(fmt, FP8)
@@ -295,9 +295,8 @@ COPY_SHAPES = {
     "one padded row": dict(parts=[7], width=40, padding=1),
 }
 CASES = [(fmt, SHAPES, name) for fmt in (FP8_TENSOR, FP8_CHANNEL, INT8, COPY) for name in SHAPES]
-CASES += [(FP8_BLOCK, BLOCK_SHAPES, name) for name in BLOCK_SHAPES] + [
-    (COPY, COPY_SHAPES, name) for name in COPY_SHAPES
-]
+CASES += [(FP8_BLOCK, BLOCK_SHAPES, name) for name in BLOCK_SHAPES]
+CASES += [(COPY, COPY_SHAPES, name) for name in COPY_SHAPES]
 
 
 @pytest.mark.parametrize(
@@ -673,6 +672,13 @@ def test_only_copies(work):
     assert work.found(sweep, 4) == [0] * 4
     for item in items:
         assert found_once(work, sweep, item.dest, 17, 1)
+
+
+def test_a_sweep_of_nothing(work):
+    """All sources may be staged."""
+    sweep = work.sweep()
+    sweep.write()
+    assert work.found(sweep, 4) == [0] * 4 and work.found(sweep, 1) == [0]
 
 
 @per_format(FORMATS)

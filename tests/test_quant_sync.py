@@ -65,9 +65,10 @@ def int8_checkpoint(policy):
         if ".layers." not in name or not name.endswith("proj.weight"):
             yield name, weight
             continue
-        scale = (weight.float().abs().amax(1, keepdim=True) / torch.tensor(127.0)).clamp(min=2.0**-100)
-        yield name, (weight.float() / scale).nan_to_num(0).round().clamp(-127, 127).to(torch.int8)
-        yield f"{name}_scale", scale
+        amax = weight.float().abs().amax(1, keepdim=True)
+        inverse = torch.where(amax < 1e-30, 0.0, torch.tensor(127.0) / amax)
+        yield name, (weight.float() * inverse).round().clamp(-127, 127).to(torch.int8)
+        yield f"{name}_scale", amax / torch.tensor(127.0)
 
 
 CASES = [
