@@ -67,6 +67,9 @@ class Args:
     int8 with one a row; none: bf16."""
     quant_skip: str = ""
     """Layers of the sampler that stay bf16, by comma: layers.0,down_proj,layers.3.mlp."""
+    prove_sync: bool = True
+    """At start, load the policy through vLLM's own loader once and compare its bytes with the sync's (not for int8,
+    which vLLM does not quantize to)."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """The sampler's KV cache: bf16 (auto), or fp8, which holds twice the tokens. GPU only."""
     tis_cap: float | None = 2.0

@@ -261,6 +261,18 @@ class SyncPlan:
         return sum(size for _, size in blocks)
 
     @torch.no_grad()
+    def prove(self, load: Callable[[Iterable[tuple[str, torch.Tensor]]], None]) -> int:
+        """The plan against vLLM's own loader: `load` the policy's tensors into the engine through it, then compare all
+        bytes with what the plan would write. Returns the parameters compared; raises SyncError naming those where
+        mapping, layout or rounding is not vLLM's (which verify() alone cannot know: it reads the same plan).
+
+        INT8 has no such loader: vLLM does not quantize to it.
+        """
+        sources = {s.name: s for row in self.rows for s in row.sources if not row.name.endswith(CONSTANTS)}
+        load((name, source.read(self.rows[0].dest.device)) for name, source in sources.items())
+        return self.verify(full=True)
+
+    @torch.no_grad()
     def sync(self) -> None:
         """Write the policy's weights into the engine; on a GPU this launches and does not wait.
 

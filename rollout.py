@@ -13,11 +13,12 @@ log-probs come as flat lists, and the garbage collector rests while it generates
 
 import contextlib
 import gc
+import logging
 import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -158,10 +159,30 @@ class Engine:
     # -- weights -------------------------------------------------------------------------------------------------
 
     def publish(self, version: int) -> None:
-        """Declare that the engine's tensors now hold policy `version`, and drop every cached prefix of the old one."""
+        """Declare that the engine's tensors now hold policy `version`, and drop every cached prefix of the old one.
+
+        Raises EngineError if a newer version was already published, or if vLLM keeps its cache.
+        """
+        if self.version is not None and version < self.version:
+            raise EngineError(f"version {version} is older than {self.version}, which the engine already holds")
         if not self.llm.reset_prefix_cache():
             raise EngineError("vLLM did not drop its prefix cache; keys of old weights would be reused")
         self.version = version
+
+    def load_by_vllm(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """HF's tensors through vLLM's own loader, slowly: what a sync is measured against."""
+        log = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
+        level = log.level
+        log.setLevel(logging.ERROR)  # it warns of every module that has no weights
+        try:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            raise EngineError(
+                f"vLLM's own loader failed: {error}. --prove-sync False starts without comparing the sync with it"
+            ) from error
+        finally:
+            log.setLevel(level)
+        self.version = None
 
     def sleep(self) -> None:
         """Give the engine's memory back to the trainer (nothing at sleep level 0)."""

@@ -230,6 +230,9 @@ def build(
     plan = SyncPlan.build(model, engine.model)
     plan.check_formats(args.rollout_quant, skip)
     plan.check_coverage(engine.weight_blocks())
+    if args.prove_sync and args.rollout_quant != "int8":
+        compared = plan.prove(engine.load_by_vllm)
+        print(f"sync plan proved: {compared} parameters are what vLLM's own loader makes of the policy", flush=True)
     try:
         policy = Policy(
             model,

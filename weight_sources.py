@@ -28,6 +28,14 @@ class Source:
     fill: Callable[[torch.Tensor], None] | None = None
     watched: tuple[torch.Tensor, ...] = ()  # these must stay at their addresses
 
+    def read(self, device: torch.device) -> torch.Tensor:
+        """The tensor on `device`: itself, or a new one."""
+        if self.tensor is not None:
+            return self.tensor
+        out = torch.empty(self.shape, dtype=self.dtype, device=device)
+        self.fill(out)
+        return out
+
     @staticmethod
     def of(name: str, value: "torch.Tensor | Source", device: torch.device) -> "Source":
         """The source for a policy tensor as it comes: on `device`, in pinned host memory, or a DTensor."""

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import quant_formats
+import quant_sync
 from quant_sync import VERIFY_EVERY, SyncError, SyncPlan
 
 FP8 = torch.float8_e4m3fn
@@ -194,6 +195,33 @@ def test_unrepresentable_magnitudes_are_vllms_bytes(rig, weights):
     ours = snapshot(rig.engine.model)
     rig.vllm_load()
     assert differing(snapshot(rig.engine.model), ours) == []
+
+
+def mapping(*swapped):
+    """_source_names with two parts of a fused layer in each other's place."""
+    names = quant_sync._source_names
+
+    def wrong(engine_name, packed):
+        found = names(engine_name, packed)
+        order = dict(zip(swapped, reversed(swapped), strict=True))
+        return [".".join(order.get(part, part) for part in name.split(".")) for name in found]
+
+    return wrong
+
+
+@pytest.mark.parametrize("swapped", [("k_proj", "v_proj"), ("gate_proj", "up_proj")], ids=" and ".join)
+def test_a_plan_that_is_wrong_itself_is_proved_wrong_by_vllms_loader(rig, monkeypatch, swapped):
+    """sync and verify read the same plan, and agree about it; vLLM's loader does not."""
+    if rig.engine.quant == "int8":
+        pytest.skip("vLLM does not quantize to INT8")
+    assert rig.plan.prove(rig.engine.load_by_vllm) == len(rig.plan.rows)
+    monkeypatch.setattr(quant_sync, "_source_names", mapping(*swapped))
+    plan = SyncPlan.build(rig.policy, rig.engine.model)
+    plan.sync()
+    assert plan.verify(full=True) == len(plan.rows)
+    with pytest.raises(SyncError, match="qkv_proj" if "k_proj" in swapped else "gate_up_proj") as error:
+        plan.prove(rig.engine.load_by_vllm)
+    assert "norm" not in str(error.value)
 
 
 # ---- the quantizer against a table of all FP8 numbers
@@ -423,6 +451,16 @@ def q_and_k_swapped(policy, engine, plan):
     swap(engine.get_parameter(f"{QKV}.weight").data.t(), HIDDEN)
 
 
+def matrix_transposed(policy, engine, plan):
+    held = engine.get_parameter("model.layers.0.self_attn.o_proj.weight").data  # square
+    held.copy_(held.t().clone())
+
+
+def head_not_written(policy, engine, plan):
+    """As if the engine had a head of its own beside the tied embedding."""
+    engine.get_parameter("lm_head.weight").copy_(engine.get_parameter("model.embed_tokens.weight"))
+
+
 def k_and_v_bias_swapped(policy, engine, plan):
     swap(engine.get_parameter(f"{QKV}.bias").data.view(-1, 1), HIDDEN, 1, 2)
 
@@ -469,6 +507,8 @@ FAULTS = {
     "layer skipped, same scale": (layer_skipped_same_scale, f"{DOWN}.weight"),
     "gate and up swapped": (gate_and_up_swapped, f"{GATE_UP}.weight"),
     "q and k swapped": (q_and_k_swapped, f"{QKV}.weight"),
+    "a matrix transposed": (matrix_transposed, "model.layers.0.self_attn.o_proj.weight"),
+    "head not written": (head_not_written, "lm_head.weight"),
     "k and v bias swapped": (k_and_v_bias_swapped, f"{QKV}.bias"),
     "bias not written": (bias_not_written, f"{QKV}.bias"),
     "norm not written": (norm_not_written, NORM),

@@ -66,6 +66,7 @@ def policy(rig):
     yield rig.model
     rig.model.load_state_dict(before)
     rig.plan.sync()
+    rig.engine.version = None  # or an older version than the test's would be refused
     rig.engine.publish(3)
 
 
@@ -213,6 +214,12 @@ def test_publish_drops_the_keys_of_old_weights(rig, policy):
 
     policy.load_state_dict(old)
     assert gaps(rig, prompts, groups).mean() > 2 * fresh  # the log-probs are no longer the old policy's
+
+
+def test_publish_refuses_an_older_version(rig):
+    with pytest.raises(EngineError, match="version 2 is older than 3, which the engine already holds"):
+        rig.engine.publish(2)
+    assert rig.engine.version == 3
 
 
 def test_publish_fails_if_the_prefix_cache_was_not_dropped(rig, monkeypatch):

@@ -59,6 +59,7 @@ def policy(rig):
     yield rig.model
     rig.model.load_state_dict(before)
     rig.plan.sync()
+    rig.engine.version = None
     rig.engine.publish(0)
 
 

@@ -330,6 +330,9 @@ class FakeEngine:
     def weight_blocks(self):
         return []
 
+    def load_by_vllm(self, weights):
+        raise AssertionError("for the plan to call")
+
     def publish(self, version):
         self.events.append(f"publish {version}")
         self.version = version
@@ -360,6 +363,11 @@ class FakePlan:
 
     def check_coverage(self, blocks):
         FakeEngine.events.append(f"coverage {blocks}")
+
+    def prove(self, load):
+        assert load.__name__ == "load_by_vllm"
+        FakeEngine.events.append("prove")
+        return 0
 
     def sync(self):
         FakeEngine.events.append("sync")
@@ -398,7 +406,7 @@ def test_the_loop_in_order(fake, tmp_path, monkeypatch, capsys):
     flags = ("--steps=4", "--eval-every=3", "--save-every=2", "--run-name=a", "--eval-size=2")
     run_main(monkeypatch, *one_or_two(tmp_path), *flags)
     step = ["wake kv_cache", "sample", "sleep", "wake weights", "sync"]
-    expected = ["build", "formats fp8", "coverage []", "sync", "verify full", "publish 0", "greedy"]
+    expected = ["build", "formats fp8", "coverage []", "prove", "sync", "verify full", "publish 0", "greedy"]
     for n in (1, 2, 3, 4):
         expected += [*step, f"verify {n}", f"publish {n}"]
         expected += ["wake kv_cache", "greedy"] if n in (3, 4) else []  # every third, and the last
