@@ -114,7 +114,8 @@ class Args:
     updates_per_batch: int = 1
     """Optimizer updates for each batch of rollouts; above 1 the trainer recomputes old log-probs first."""
     micro_batch_tokens: int | None = None
-    """Padded tokens in a forward and backward pass. None: from the memory plan, 16384 where there is room."""
+    """Tokens in a forward and backward pass, at least one full sequence. None: from the memory plan, 16384 where there
+    is room."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass: slower by a quarter, much less memory. None: from the memory plan."""
 
@@ -206,6 +207,11 @@ class Args:
             raise ConfigError(
                 f"--updates-per-batch {self.updates_per_batch} needs at least as many --prompts-per-step "
                 f"({self.prompts_per_step})"
+            )
+        if self.micro_batch_tokens is not None and self.micro_batch_tokens < self.max_model_len:
+            raise ConfigError(
+                f"--micro-batch-tokens {self.micro_batch_tokens} is less than one full sequence of --max-prompt-len "
+                f"{self.max_prompt_len} + --max-response-len {self.max_response_len} = {self.max_model_len} tokens"
             )
         if self.kv_cache_gib is not None and not 0 < self.kv_cache_gib < math.inf:
             raise ConfigError(f"--kv-cache-gib is {self.kv_cache_gib}; it must be greater than 0, and finite")

@@ -121,9 +121,8 @@ def plan_memory(
     state = TRAIN_BYTES_PER_PARAMETER * s.parameters
 
     def try_plan(level: int, checkpoint: bool, tokens: int) -> tuple[bool, MemoryPlan]:
-        length = max(tokens, max_model_len)  # a sample longer than the budget goes alone
-        block = length * (13 * s.hidden + 4.5 * s.intermediate) * 2  # what one layer keeps for backward
-        activations = int(length * s.layers * s.hidden * 2 + block if checkpoint else s.layers * block)
+        block = tokens * (13 * s.hidden + 4.5 * s.intermediate) * 2  # what one layer keeps for backward
+        activations = int(tokens * s.layers * s.hidden * 2 + block if checkpoint else s.layers * block)
         peak = activations + 5 * GIB + 4 * s.vocab * s.hidden  # logits by chunks, and the head's gradient
         training = state + peak + graphs
         awake = weights + graphs + workspace + (training - graphs if level == 0 else state)
@@ -145,7 +144,8 @@ def plan_memory(
 
     levels = (0, 2) if sleep == "auto" else (int(sleep),)
     checkpoints = (False, True) if checkpointing is None else (checkpointing,)
-    sizes_of_micro_batch = MICRO_BATCH_CHOICES if micro_batch_tokens is None else (micro_batch_tokens,)
+    choices = MICRO_BATCH_CHOICES if micro_batch_tokens is None else (micro_batch_tokens,)
+    sizes_of_micro_batch = dict.fromkeys(max(tokens, max_model_len) for tokens in choices)  # at least one sequence
     for level in levels:
         for checkpoint in checkpoints:
             for tokens in sizes_of_micro_batch:

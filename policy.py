@@ -1,7 +1,7 @@
 """The trained policy: an HF model in bf16, its fp32 master weights and AdamW, and log-probs without [T, V] in memory.
 
-Axes: N samples, T response tokens of all samples one after the other, B rows of a micro-batch, S its padded length,
-V vocabulary.
+Axes: N samples, T response tokens of all samples one after the other, S tokens of a micro-batch with its prompts,
+H hidden size, V vocabulary.
 
 Why master weights: at lr 1e-6 an update is far below bf16's half ulp (2^-9 of a weight), so a bf16 weight would never
 move. AdamW works on fp32 copies; each update ends by rounding them into the bf16 weights that the forward pass and the
@@ -16,6 +16,9 @@ from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
+
+import packing
+from packing import pack
 
 FAMILIES = ("qwen2", "qwen3", "llama")  # logits = head(last hidden state): no scaling, no soft cap
 LOGITS_CHUNK_ELEMENTS = 1 << 28  # logits are made for this many elements at a time: 1 GiB in fp32
@@ -65,15 +68,8 @@ class Batch:
         )
 
     def micro_batches(self, max_tokens: int) -> list[list[int]]:
-        """Rows of each micro-batch: sorted by length, at most `max_tokens` padded tokens each (or a single sample)."""
-        lengths = [len(p) + len(r) for p, r in zip(self.prompt_ids, self.response_ids, strict=True)]
-        batches: list[list[int]] = []
-        for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-            if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= max_tokens:
-                batches[-1].append(row)
-            else:
-                batches.append([row])
-        return batches
+        """Rows of each micro-batch: at most `max_tokens` tokens, prompts included, and of nearly equal size."""
+        return pack([len(p) + len(r) for p, r in zip(self.prompt_ids, self.response_ids, strict=True)], max_tokens)
 
 
 def load_model(model: str, device: torch.device, trust_remote_code: bool = False) -> torch.nn.Module:
@@ -82,9 +78,10 @@ def load_model(model: str, device: torch.device, trust_remote_code: bool = False
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    packing.register()
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.bfloat16, attn_implementation="sdpa", trust_remote_code=trust_remote_code
+            model, dtype=torch.bfloat16, attn_implementation=packing.ATTENTION, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # a torn file, a class that transformers does not know, a size that does not fit, ...
         raise PolicyError(f"--model {model} cannot be loaded: {type(error).__name__}: {error}") from error
@@ -95,7 +92,8 @@ class Policy:
     """The model with its optimizer.
 
     Args:
-        model: HF causal LM of one of FAMILIES, bf16, on its device. Its tensors stay where they are for the whole run.
+        model: HF causal LM of one of FAMILIES, bf16, on its device, attending by packing.ATTENTION (load_model's).
+            Its tensors stay where they are for the whole run.
         lr, weight_decay, betas: AdamW; weight decay on matrices alone.
         warmup_steps: linear warm-up, then a constant lr.
         max_grad_norm: global norm to clip to.
@@ -152,22 +150,19 @@ class Policy:
     def logprobs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(log pi of every response token [T] with gradient, entropy [T] without), fp32, at the run's temperature.
 
-        Rows are padded on the right. Under a causal mask no real token sees the padding, so no attention mask is
-        passed and the fast kernels apply.
+        All sequences lie in one row without padding; attention stays inside each (packing.py).
         """
         sequences = [p + r for p, r in zip(batch.prompt_ids, batch.response_ids, strict=True)]
-        width = max(len(s) for s in sequences)
-        ids_B_S = torch.tensor([s + [0] * (width - len(s)) for s in sequences])
         # The hidden state at position t predicts token t + 1: response tokens are predicted from prompt_len - 1 on.
-        where = [
-            row * width + position
-            for row, (p, s) in enumerate(zip(batch.prompt_ids, sequences, strict=True))
-            for position in range(len(p) - 1, len(s) - 1)
-        ]
+        where, start = [], 0
+        for prompt, sequence in zip(batch.prompt_ids, sequences, strict=True):
+            where += range(start + len(prompt) - 1, start + len(sequence) - 1)
+            start += len(sequence)
         positions_T = torch.tensor(where, device=self.device)
         labels_T = torch.tensor([t for r in batch.response_ids for t in r], device=self.device)
-        hidden_B_S_H = self.model.base_model(input_ids=ids_B_S.to(self.device), use_cache=False).last_hidden_state
-        hidden_T_H = hidden_B_S_H.flatten(0, 1)[positions_T]
+        inputs = packing.model_inputs(sequences, self.device)
+        hidden_1_S_H = self.model.base_model(**inputs, use_cache=False).last_hidden_state
+        hidden_T_H = hidden_1_S_H[0, positions_T]
         head = self.model.get_output_embeddings()
         rows = max(1, LOGITS_CHUNK_ELEMENTS // head.weight.shape[0])
         logprobs, entropies = [], []
@@ -182,7 +177,7 @@ class Policy:
 
     @torch.no_grad()
     def compute_logprobs(self, batch: Batch, max_tokens: int) -> torch.Tensor:
-        """log pi of every response token [T] without gradient, in micro-batches of `max_tokens` padded tokens."""
+        """log pi of every response token [T] without gradient, in micro-batches of `max_tokens` tokens."""
         lengths = [len(r) for r in batch.response_ids]
         pieces: list[torch.Tensor | None] = [None] * len(batch)
         for rows in batch.micro_batches(max_tokens):

@@ -38,6 +38,7 @@ from loss import (
     soft_overlong_penalty,
 )
 from memory import GIB, MICRO_BATCH_CHOICES, MemoryPlan, MemoryPlanError, model_sizes, plan_memory
+from packing import PackingError
 from policy import Batch, Policy, PolicyError, load_model
 from quant_sync import SyncError, SyncPlan
 from rewards import RewardError, Scorer, resolve_reward
@@ -311,7 +312,7 @@ def plan_device(args: Args, config: Any) -> tuple[Args, MemoryPlan, list[str]]:
         plan = MemoryPlan(
             sleep_level=0,
             checkpointing=bool(args.gradient_checkpointing),
-            micro_batch_tokens=args.micro_batch_tokens or MICRO_BATCH_CHOICES[0],
+            micro_batch_tokens=args.micro_batch_tokens or max(MICRO_BATCH_CHOICES[0], args.max_model_len),
             kv_cache=wanted if args.kv_cache_gib is None else int(args.kv_cache_gib * GIB),
             reason="a CPU has no sleep mode",
         )
@@ -423,7 +424,17 @@ def config_of(args: Args) -> dict[str, Any]:
     return {k: str(v) if v == math.inf else v for k, v in dataclasses.asdict(args).items()}
 
 
-ERRORS = (ConfigError, DataError, EngineError, MemoryPlanError, PolicyError, RewardError, RunFolderError, SyncError)
+ERRORS = (
+    ConfigError,
+    DataError,
+    EngineError,
+    MemoryPlanError,
+    PackingError,
+    PolicyError,
+    RewardError,
+    RunFolderError,
+    SyncError,
+)
 
 
 def main() -> None:
