@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 import packing
+from head_logprobs import CHUNK_ELEMENTS as LOGITS_CHUNK_ELEMENTS
+from head_logprobs import head_logprobs
 from packing import pack
 
 FAMILIES = ("qwen2", "qwen3", "llama")  # logits = head(last hidden state): no scaling, no soft cap
-LOGITS_CHUNK_ELEMENTS = 1 << 28  # logits are made for this many elements at a time: 1 GiB in fp32
 
 
 class PolicyError(RuntimeError):
@@ -148,7 +148,7 @@ class Policy:
     # -- log-probs -----------------------------------------------------------------------------------------------
 
     def logprobs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(log pi of every response token [T] with gradient, entropy [T] without), fp32, at the run's temperature.
+        """(log pi of every response token [T], entropy [T]), fp32, at the run's temperature, both with gradient.
 
         All sequences lie in one row without padding; attention stays inside each (packing.py).
         """
@@ -163,17 +163,8 @@ class Policy:
         inputs = packing.model_inputs(sequences, self.device)
         hidden_1_S_H = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         hidden_T_H = hidden_1_S_H[0, positions_T]
-        head = self.model.get_output_embeddings()
-        rows = max(1, LOGITS_CHUNK_ELEMENTS // head.weight.shape[0])
-        logprobs, entropies = [], []
-        for hidden, labels in zip(hidden_T_H.split(rows), labels_T.split(rows), strict=True):
-            if torch.is_grad_enabled():  # the chunk's logits are made again in the backward pass instead of kept
-                out = checkpoint(_head_logprobs, head, hidden, labels, self.temperature, use_reentrant=False)
-            else:
-                out = _head_logprobs(head, hidden, labels, self.temperature)
-            logprobs.append(out[0])
-            entropies.append(out[1])
-        return torch.cat(logprobs), torch.cat(entropies)
+        weight_V_H = self.model.get_output_embeddings().weight
+        return head_logprobs(hidden_T_H, weight_V_H, labels_T, self.temperature, LOGITS_CHUNK_ELEMENTS)
 
     @torch.no_grad()
     def compute_logprobs(self, batch: Batch, max_tokens: int) -> torch.Tensor:
@@ -224,15 +215,3 @@ def _add_to(master: torch.Tensor) -> Any:
         weight.grad = None
 
     return hook
-
-
-def _head_logprobs(
-    head: torch.nn.Module, hidden_T_H: torch.Tensor, labels_T: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob and entropy of each token from its hidden state; bf16 logits, fp32 softmax, as in vLLM's sampler."""
-    logits_T_V = head(hidden_T_H).float() / temperature
-    logz_T = logits_T_V.logsumexp(dim=-1)
-    logprobs_T = logits_T_V.gather(-1, labels_T.unsqueeze(-1)).squeeze(-1) - logz_T
-    with torch.no_grad():
-        entropy_T = logz_T - ((logits_T_V - logz_T.unsqueeze(-1)).exp() * logits_T_V).sum(dim=-1)
-    return logprobs_T, entropy_T
