@@ -35,7 +35,8 @@ REAL_DEFAULTS: dict[str, Any] = {
 
 
 POSITIVE = ("steps", "prompts_per_step", "max_prompt_len", "max_response_len", "max_sample_rounds", "max_num_seqs",
-            "lr", "micro_batch_tokens", "updates_per_batch", "max_grad_norm", "temperature")  # fmt: skip
+            "lr", "micro_batch_tokens", "updates_per_batch", "max_grad_norm", "temperature",
+            "reward_workers", "reward_time_limit")  # fmt: skip
 AT_LEAST_ZERO = ("eval_size", "eval_every", "save_every", "warmup_steps", "weight_decay", "clip_low",
                  "log_samples", "overlong_buffer", "seed")  # fmt: skip
 
@@ -61,6 +62,10 @@ class Args:
     """JSON for the chat template, e.g. '{"enable_thinking": false}' for Qwen3."""
     reward: str | None = None
     """Your own reward, file.py:function, called as function(completion, answer, row). None: the data's own."""
+    reward_workers: int = 2
+    """Processes that score completions while the engine generates."""
+    reward_time_limit: float = 10.0
+    """Seconds that one reward may take; then it counts as 0 and its process is replaced."""
 
     rollout_quant: Literal["fp8", "fp8-channel", "fp8-block", "int8", "none"] = "fp8"
     """Weights of the sampler: FP8 with one scale a matrix (fp8), a row (fp8-channel) or 128 x 128 block (fp8-block);

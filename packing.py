@@ -24,8 +24,8 @@ class PackingError(RuntimeError):
 
 
 def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of `lengths` (tokens) for each micro-batch: as few as hold at most `budget` tokens each, and of nearly
-    equal size. Raises PackingError if one sequence is longer than the budget."""
+    """Indices of `lengths` (tokens) for each micro-batch of at most `budget` tokens: nearly as few as possible, and of
+    nearly equal size. Raises PackingError if one sequence is longer than the budget."""
     longest = max(lengths, default=0)
     if longest > budget:
         raise PackingError(
@@ -33,7 +33,7 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
             "--max-prompt-len or --max-response-len"
         )
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    count = max(1, -(-sum(lengths) // budget))
+    count = max(1, -(-sum(lengths) // budget), sum(2 * n > budget for n in lengths))  # no two of those go together
     while True:  # the longest first, each into the emptiest; one more bin if that does not fit
         heap = [(0, b) for b in range(count)]
         bins: list[list[int]] = [[] for _ in range(count)]

@@ -416,6 +416,8 @@ def _check_shapes(row: Row, module: torch.nn.Module) -> None:
         raise SyncError(
             f"{row.name} is {tuple(row.dest.shape)} in the engine and does not fit the policy's {shapes}. {FAMILIES}"
         )
+    if row.format is not COPY and sum(parts) < row.dest.shape[0]:
+        raise SyncError(f"{row.name} is {row.format.name} with padded rows, which the sync does not know how to fill")
     if row.format is formats.FP8_BLOCK and any(n % formats.BLOCK for n in parts[:-1]):
         raise SyncError(
             f"{row.name} has parts of {parts} rows, and a {formats.BLOCK} x {formats.BLOCK} block would hold rows of "

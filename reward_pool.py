@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from data import Example
-from rewards import RewardError, Scorer, resolve_reward
+from rewards import RewardError, resolve_reward, score
 
 START_LIMIT = 60.0  # seconds that importing the user's file may take
 
@@ -125,7 +125,7 @@ class RewardPool:
                 if message != "ready":
                     raise RewardError(message)
             else:
-                self._finish(worker, message["reward"], message["failed"])
+                self._finish(worker, *message)
         now = time.monotonic()
         for worker in [
             w for w in busy if w in self._workers and w.deadline < now and (w.key is not None or not w.ready)
@@ -144,31 +144,32 @@ class RewardPool:
                 except OSError:
                     self._replace(worker, worker.ending())
 
-    def _finish(self, worker: _Worker, reward: float, failed: bool) -> None:
+    def _finish(self, worker: _Worker, reward: float, problem: str | None) -> None:
         (key,) = worker.key
         self._done[key] = reward
-        self.errors += failed
+        if problem is not None:
+            self.errors += 1
+            if self.errors == 1:
+                print(f"[reward] failed on {worker.example.id}; scored 0.0. Later errors are only counted.\n{problem}",
+                      file=sys.stderr, flush=True)  # fmt: skip
         worker.key = worker.example = None
 
     def _replace(self, worker: _Worker, why: str) -> None:
         """A new process for one that is lost; what it was doing is scored 0.0."""
+        worker.stop()
         if not worker.ready:
-            worker.stop()
             raise RewardError(
                 f"--reward {self._spec}: a reward process did not start within {START_LIMIT:g} s, or died"
             )
         self.timeouts += 1
-        if self.timeouts == 1:
-            print(f"[reward] of {worker.example.id}: {why}; scored 0.0. Later ones are only counted.", file=sys.stderr)
-        self._finish(worker, 0.0, True)
-        worker.stop()
+        self._finish(worker, 0.0, why)
         self._workers[self._workers.index(worker)] = _Worker(self._spec)
 
 
 def _serve(descriptor: int, spec: str) -> None:
     connection = Connection(descriptor)
     try:
-        scorer = Scorer(resolve_reward(spec or None))
+        reward = resolve_reward(spec or None)
     except RewardError as error:
         connection.send_bytes(json.dumps(str(error)).encode())
         return
@@ -176,12 +177,9 @@ def _serve(descriptor: int, spec: str) -> None:
     while True:
         try:
             example, completion = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):  # the trainer has ended
             return
-        before = scorer.errors
-        reward = scorer.score(example, completion)
-        answer = {"reward": reward, "failed": scorer.errors > before}
-        connection.send_bytes(json.dumps(answer).encode())
+        connection.send_bytes(json.dumps(score(reward, example, completion)).encode())
 
 
 if __name__ == "__main__":

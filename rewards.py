@@ -120,27 +120,17 @@ def resolve_reward(spec: str | None) -> Callable[[str, str, dict], float] | None
     return function
 
 
-class Scorer:
-    """Calls rewards. One that raises, or returns no finite number, counts as 0.0 and as an error."""
-
-    def __init__(self, reward: Callable[[str, str, dict], float] | None):
-        self.reward = reward
-        self.calls = 0
-        self.errors = 0
-
-    def score(self, example: Example, completion: str) -> float:
-        """The user's reward, or the example's own if there is none. The first error's traceback goes to stderr."""
-        self.calls += 1
-        try:
-            if self.reward is None:
-                return REWARDS[example.reward](completion, example.answer)
-            value = self.reward(completion, example.answer, example.row)
-            if not isinstance(value, numbers.Real) or not math.isfinite(value):
-                raise TypeError(f"the reward returned {repr(value)[:80]}; it must return a finite number")
-            return float(value)
-        except Exception:
-            self.errors += 1
-            if self.errors == 1:
-                print(f"[reward] failed on {example.id}; scored 0.0. Later errors are only counted.", file=sys.stderr)
-                traceback.print_exc()
-            return 0.0
+def score(
+    reward: Callable[[str, str, dict], float] | None, example: Example, completion: str
+) -> tuple[float, str | None]:
+    """(reward, None), or (0.0, the traceback) where it raises or returns no finite number. `reward` None: the example's
+    own."""
+    try:
+        if reward is None:
+            return REWARDS[example.reward](completion, example.answer), None
+        value = reward(completion, example.answer, example.row)
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise TypeError(f"the reward returned {repr(value)[:80]}; it must return a finite number")
+        return float(value), None
+    except Exception:
+        return 0.0, traceback.format_exc()

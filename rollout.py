@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from data import Prompt, PromptStream
+    from reward_pool import RewardPool
 
 # --rollout-quant -> vLLM's name of the format; INT8 goes by a checkpoint's config, since vLLM has no online one
 QUANTIZATION = {
@@ -242,11 +243,18 @@ class Engine:
     # -- sampling ------------------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: list[list[int]], *, n: int, max_tokens: int, greedy: bool = False
+        self,
+        prompts: list[list[int]],
+        *,
+        n: int,
+        max_tokens: int,
+        greedy: bool = False,
+        on_finished: Callable[[int, list[Sample]], None] | None = None,
     ) -> list[list[Sample]]:
         """n samples for each prompt (token ids), at the run's temperature, or one greedy sample.
 
-        Greedy samples carry no log-probs: an argmax is no sample of mu.
+        `on_finished(i, samples)` is called as soon as prompt i has all of its samples, while others still run. Greedy
+        samples carry no log-probs: an argmax is no sample of mu.
         """
         if self.version is None or self.asleep:
             raise EngineError("the engine holds no weights of the policy: wake, sync and publish before generating")
@@ -260,16 +268,29 @@ class Engine:
             flat_logprobs=True,
             detokenize=False,
         )
+        groups: list[list[Sample]] = [[] for _ in prompts]
+        requests = [{"prompt_token_ids": ids} for ids in prompts]
         with _no_garbage_collection():
-            requests = [{"prompt_token_ids": ids} for ids in prompts]
-            outputs = self.llm.generate(requests, params, use_tqdm=False)
-            groups = [[_read_sample(out, greedy) for out in request.outputs] for request in outputs]
-        if self._tokenizer is not None:
-            flat = [s for group in groups for s in group]
-            texts = self._tokenizer.batch_decode([s.token_ids for s in flat], skip_special_tokens=True)
-            for sample, text in zip(flat, texts, strict=True):
-                sample.text = text
+            names = self.llm.enqueue(requests, params, use_tqdm=False)
+            index = {name.partition("-")[0]: i for i, name in enumerate(names)}  # vLLM's own ids: 17-5d21c3e9
+            while self.llm.llm_engine.has_unfinished_requests():
+                for output in self.llm.llm_engine.step():
+                    if not output.finished:
+                        continue
+                    i = index[output.request_id]
+                    groups[i] = [_read_sample(out, greedy) for out in output.outputs]
+                    if on_finished is not None:
+                        self._decode(groups[i])
+                        on_finished(i, groups[i])
+        if on_finished is None:
+            self._decode([s for group in groups for s in group])
         return groups
+
+    def _decode(self, samples: list[Sample]) -> None:
+        if self._tokenizer is not None:
+            texts = self._tokenizer.batch_decode([s.token_ids for s in samples], skip_special_tokens=True)
+            for sample, text in zip(samples, texts, strict=True):
+                sample.text = text
 
 
 def _device_bytes(address: int, size: int) -> torch.Tensor:
@@ -313,7 +334,7 @@ def _read_sample(output: Any, greedy: bool) -> Sample:
 def sample_groups(
     engine: Engine,
     stream: "PromptStream",
-    score: Callable[[list[Group]], None],
+    rewards: "RewardPool",
     *,
     prompts: int,
     samples: int,
@@ -328,7 +349,7 @@ def sample_groups(
     ends in a tail in which few sequences still run, so one round that draws a few groups too many beats three. Groups
     whose raw rewards are all equal are dropped; what is drawn beyond `prompts` is dropped too, so that every step
     trains on at most `prompts` groups. After `max_rounds` the step goes on with what there is, which may be nothing.
-    `score` fills in `Group.rewards`.
+    A group is scored as soon as it is complete, while the engine goes on with others.
 
     Returns the groups and `sampling/...` and `reward/...` metrics over everything drawn (docs/metrics.md).
     """
@@ -339,12 +360,21 @@ def sample_groups(
         missing = prompts - len(kept)
         share = 1.0 if not dynamic else len(kept) / len(drawn) if drawn else expected_share
         batch = stream.take(math.ceil(missing / max(share, 0.25)))
-        sampled = engine.generate([p.token_ids for p in batch], n=samples, max_tokens=max_tokens)
+
+        def submit(i: int, drawn_for_it: list[Sample], batch: list["Prompt"] = batch) -> None:
+            for j, sample in enumerate(drawn_for_it):
+                rewards.submit((i, j), batch[i].example, sample.text)
+
+        ids = [p.token_ids for p in batch]
+        sampled = engine.generate(ids, n=samples, max_tokens=max_tokens, on_finished=submit)
         assert engine.version is not None
-        groups = [Group(p, s, engine.version) for p, s in zip(batch, sampled, strict=True)]
         start = time.perf_counter()
-        score(groups)
+        scored = rewards.collect()
         seconds_scoring += time.perf_counter() - start
+        groups = [
+            Group(p, s, engine.version, [scored[i, j] for j in range(len(s))])
+            for i, (p, s) in enumerate(zip(batch, sampled, strict=True))
+        ]
         drawn += groups
         kept += [g for g in groups if g.mixed or not dynamic]
         rounds += 1

@@ -41,7 +41,8 @@ from memory import GIB, MICRO_BATCH_CHOICES, MemoryPlan, MemoryPlanError, model_
 from packing import PackingError
 from policy import Batch, Policy, PolicyError, load_model
 from quant_sync import SyncError, SyncPlan
-from rewards import RewardError, Scorer, resolve_reward
+from reward_pool import RewardPool
+from rewards import RewardError
 from rollout import Engine, EngineError, Group, check_platform, sample_groups, skipped_layers
 from run_folder import RunFolder, RunFolderError, check_free, default_run_name
 
@@ -56,7 +57,7 @@ def train(args: Args) -> Path:
     check_platform(args.rollout_quant, args.kv_cache_dtype)
     config, tokenizer = load_config(args)
     args, memory, skip = plan_device(args, config)
-    engine, policy, plan, stream, held_out, scorer = build(args, memory, skip, tokenizer)
+    engine, policy, plan, stream, held_out, rewards = build(args, memory, skip, tokenizer)
     run = RunFolder(args.runs_dir, run_name, config_of(args), args.wandb)
     print(f"run folder {run.path}", flush=True)
 
@@ -64,17 +65,17 @@ def train(args: Args) -> Path:
         return run.save_checkpoint(step, lambda folder: policy.save(folder, tokenizer))
 
     done, expected_share = 0, 1.0
-    with stop.watching(), saved_on_failure(lambda: save(done) if done else None):
+    with rewards, stop.watching(), saved_on_failure(lambda: save(done) if done else None):
         sync_weights(engine, plan, 0, Clock(), full_verify=True)
-        accuracy = evaluate(engine, held_out, scorer, args, run, 0)
+        accuracy = evaluate(engine, held_out, rewards, args, run, 0)
         progress = tqdm(total=args.steps, desc="train", unit="step", disable=not sys.stderr.isatty())
         for step in range(1, args.steps + 1):
             clock = Clock()
             with clock("rollout"):
                 engine.wake("kv_cache")
                 groups, metrics = sample_groups(
-                    engine, stream, lambda gs: score_groups(gs, scorer), prompts=args.prompts_per_step,
-                    samples=args.samples_per_prompt, max_tokens=args.max_response_len,
+                    engine, stream, rewards, prompts=args.prompts_per_step, samples=args.samples_per_prompt,
+                    max_tokens=args.max_response_len,
                     dynamic=args.dynamic_sampling, max_rounds=args.max_sample_rounds, expected_share=expected_share,
                 )  # fmt: skip
             if stop.requested:
@@ -89,12 +90,16 @@ def train(args: Args) -> Path:
             with clock("wake"):
                 engine.wake("weights")
             sync_weights(engine, plan, step, clock)
-            metrics |= clock.metrics() | {"reward/errors": scorer.errors, "policy/version": engine.version}
+            metrics |= clock.metrics() | {
+                "reward/errors": rewards.errors,
+                "reward/timeouts": rewards.timeouts,
+                "policy/version": engine.version,
+            }
             metrics |= speed_metrics(metrics, policy.device)
             last = step == args.steps
             if held_out and not stop.requested and (step % args.eval_every == 0 or last):
                 engine.wake("kv_cache")
-                accuracy = evaluate(engine, held_out, scorer, args, run, step)
+                accuracy = evaluate(engine, held_out, rewards, args, run, step)
                 metrics["eval/accuracy"] = accuracy
             run.log({"step": step} | metrics)
             run.log_samples([sample_record(step, g, i) for g in groups for i in range(2)][: args.log_samples])
@@ -119,7 +124,7 @@ def saved_on_failure(save: Callable[[], Path | None]) -> Iterator[None]:
     """A failure of the engine, the sync or the memory ends the run, but not without what it has learned."""
     try:
         yield
-    except RuntimeError as error:  # EngineError, SyncError; torch's and vLLM's own are RuntimeErrors too
+    except (RuntimeError, RewardError) as error:  # EngineError, SyncError; torch's and vLLM's own are RuntimeErrors too
         folder = save()
         if folder:
             print(f"checkpoint {folder}", file=sys.stderr, flush=True)
@@ -158,7 +163,9 @@ def train_step(policy: Policy, groups: list[Group], args: Args) -> dict[str, flo
             )  # fmt: skip
             loss.backward()
             loss_sum += loss.detach()
-            sums = merge_sums(sums, stats | {"entropy_sum": torch.where(micro.mask, entropy, 0.0).double().sum()})
+            sums = merge_sums(
+                sums, stats | {"entropy_sum": torch.where(micro.mask, entropy.detach(), 0.0).double().sum()}
+            )
             gap = mismatch_sums(old, micro.rollout_logprobs, micro.mask, args.tis_cap)
             sums = merge_sums(sums, {f"gap_{k}": v for k, v in gap.items()})
         metrics["train/lr"] = policy.current_lr()
@@ -198,13 +205,13 @@ def sync_weights(engine: Engine, plan: SyncPlan, version: int, clock: Clock, ful
 
 def build(
     args: Args, memory: MemoryPlan, skip: list[str], tokenizer: Any
-) -> tuple[Engine, Policy, SyncPlan, PromptStream, list[Prompt], Scorer]:
+) -> tuple[Engine, Policy, SyncPlan, PromptStream, list[Prompt], RewardPool]:
     """Everything the loop needs; data and rewards are checked before anything large is allocated."""
     from transformers import set_seed
 
     template = json.loads(args.chat_template_kwargs)
     train_examples, eval_examples = load_data(args.data, args.eval_data, args.eval_size if args.eval_every else 0)
-    scorer = Scorer(resolve_reward(args.reward))
+    rewards = RewardPool(args.reward, args.reward_workers, args.reward_time_limit)
     prompts, _ = encode_prompts(train_examples, tokenizer, args.max_prompt_len, template)
     held_out = encode_prompts(eval_examples, tokenizer, args.max_prompt_len, template)[0] if eval_examples else []
     print(f"data {args.data}: {len(prompts)} prompts to train on, {len(held_out)} held out", flush=True)
@@ -254,7 +261,7 @@ def build(
         f"engine ready in {engine_ready - start:.0f} s, policy in {time.perf_counter() - engine_ready:.1f} s",
         flush=True,
     )
-    return engine, policy, plan, PromptStream(prompts, args.seed), held_out, scorer
+    return engine, policy, plan, PromptStream(prompts, args.seed), held_out, rewards
 
 
 def load_config(args: Args) -> tuple[Any, Any]:
@@ -274,6 +281,12 @@ def load_config(args: Args) -> tuple[Any, Any]:
         raise ConfigError(
             f"--max-prompt-len {args.max_prompt_len} + --max-response-len {args.max_response_len} is more than the "
             f"{limit} positions of {args.model}"
+        )
+    window = getattr(config, "sliding_window", None)
+    if window is not None and args.max_model_len > window:
+        raise ConfigError(
+            f"--max-prompt-len {args.max_prompt_len} + --max-response-len {args.max_response_len} is more than the "
+            f"window of {window} tokens that {args.model} attends to"
         )
     return config, tokenizer
 
@@ -322,12 +335,6 @@ def plan_device(args: Args, config: Any) -> tuple[Args, MemoryPlan, list[str]]:
     return dataclasses.replace(args, **chosen), plan, skip
 
 
-def score_groups(groups: list[Group], scorer: Scorer) -> None:
-    """Fill in the raw rewards."""
-    for group in groups:
-        group.rewards = [scorer.score(group.prompt.example, sample.text) for sample in group.samples]
-
-
 def build_batch(groups: list[Group], args: Args, device: torch.device) -> tuple[Batch, dict[str, float]]:
     """Groups as one batch, with advantages and mask; the soft overlong penalty goes on after the groups were chosen."""
     samples = [s for g in groups for s in g.samples]
@@ -362,14 +369,17 @@ def split_groups(groups: int, samples: int, parts: int) -> Iterator[list[int]]:
         yield list(range(first * samples, last * samples))
 
 
-def evaluate(engine: Engine, held_out: list[Prompt], scorer: Scorer, args: Args, run: RunFolder, step: int) -> float:
+def evaluate(
+    engine: Engine, held_out: list[Prompt], rewards: RewardPool, args: Args, run: RunFolder, step: int
+) -> float:
     """Mean reward of one greedy answer to each held-out prompt, given by the (quantized) engine; nan without any."""
     if not held_out:
         return math.nan
     start = time.perf_counter()
     answers = engine.generate([p.token_ids for p in held_out], n=1, max_tokens=args.max_response_len, greedy=True)
-    rewards = [scorer.score(p.example, a[0].text) for p, a in zip(held_out, answers, strict=True)]
-    accuracy = sum(rewards) / len(rewards)
+    for i, (prompt, answer) in enumerate(zip(held_out, answers, strict=True)):
+        rewards.submit(i, prompt.example, answer[0].text)
+    accuracy = sum(rewards.collect().values()) / len(held_out)
     if step == 0:
         run.log({"step": 0, "eval/accuracy": accuracy, "time/eval": time.perf_counter() - start})
         print(f"before training: held-out accuracy {accuracy:.3f} (greedy, {len(held_out)} prompts)", flush=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from memory import GIB, USABLE, MemoryPlanError, model_sizes, plan_memory
+from memory import GIB, MICRO_BATCH_CHOICES, USABLE, MemoryPlanError, model_sizes, plan_memory
 
 # Qwen2.5-1.5B by hand, from its published config: H 1536, I 8960, 28 layers, 12 heads and 2 KV heads of 128, V 151936.
 H, INTERMEDIATE, LAYERS, KV, V = 1536, 8960, 28, 2 * 128, 151936
@@ -178,10 +178,24 @@ def test_what_is_left_open_is_chosen_by_what_it_costs(sizes, gib, level, checkpo
 
 
 def test_what_was_asked_for_is_kept(sizes):
-    got = plan(sizes, 139, micro_batch_tokens=1000, checkpointing=True)
-    assert (got.checkpointing, got.micro_batch_tokens) == (True, 1000)
-    longest_sample = plan(sizes, 139, micro_batch_tokens=LENGTH, checkpointing=True)
-    assert got.training_peak == longest_sample.training_peak  # a sample longer than the budget goes alone
+    for tokens, checkpointing in ((2000, True), (LENGTH, False), (100_000, True)):
+        got = plan(sizes, 139, micro_batch_tokens=tokens, checkpointing=checkpointing)
+        assert (got.checkpointing, got.micro_batch_tokens) == (checkpointing, tokens)
+
+
+def test_a_micro_batch_holds_a_full_sequence_and_is_counted_with_it(sizes):
+    """A budget below one sequence would be refused when the first long response is trained on."""
+    got, longest = (plan(sizes, 139, micro_batch_tokens=tokens) for tokens in (LENGTH - 1, LENGTH))
+    assert got.micro_batch_tokens == LENGTH and got.training_peak == longest.training_peak
+    open_choice = dict(micro_batch_tokens=None, checkpointing=None, max_num_seqs=16)
+    chosen = set()
+    for tenth in range(360, 1000):
+        try:
+            chosen.add(plan(sizes, tenth / 10, max_model_len=6000, **open_choice).micro_batch_tokens)
+        except MemoryPlanError:
+            assert not chosen, f"{tenth / 10} GiB does not fit, though less did"
+    assert chosen == {6000, *MICRO_BATCH_CHOICES[:2]}
+    assert plan(sizes, 139, max_model_len=20_000, **open_choice).micro_batch_tokens == 20_000
 
 
 # ---- the printed table

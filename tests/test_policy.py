@@ -16,7 +16,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
+import head_logprobs
+import packing
 import policy as policy_module
+from packing import PackingError
 from policy import Batch, Policy, PolicyError, load_model
 
 BF16 = 0.02  # nats
@@ -38,10 +41,13 @@ CONFIGS = {
 }
 
 
-def make_model(family: str = "qwen2", dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.nn.Module:
+def make_model(
+    family: str = "qwen2", dtype: torch.dtype = torch.float32, seed: int = 0, attention: str = "sdpa"
+) -> torch.nn.Module:
     """Random weights large enough that the log-probs are far from uniform; norms and biases are random too."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]), dtype=torch.float32)
+    config = copy.deepcopy(CONFIGS[family])
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() < 2:
@@ -52,7 +58,8 @@ def make_model(family: str = "qwen2", dtype: torch.dtype = torch.float32, seed: 
 
 
 def make_policy(family: str = "qwen2", dtype: torch.dtype = torch.float32, **options) -> Policy:
-    return Policy(make_model(family, dtype), **options)
+    packing.register()
+    return Policy(make_model(family, dtype, attention=packing.ATTENTION), **options)
 
 
 def make_batch(lengths: list[tuple[int, int]], seed: int = 1) -> Batch:
@@ -72,11 +79,11 @@ def make_batch(lengths: list[tuple[int, int]], seed: int = 1) -> Batch:
     )
 
 
-RAGGED = [(3, 5), (1, 9), (12, 2), (7, 1), (1, 1), (4, 20)]
+RAGGED = [(3, 5), (1, 9), (12, 2), (7, 1), (1, 1), (4, 20)]  # 66 tokens, at most 24 a sample
 
 
 def reference(model: torch.nn.Module, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log-probs, entropies): one sequence at a time through the model's own forward, softmax in fp32."""
+    """(log-probs, entropies): one sequence at a time through the model's own forward and attention, softmax in fp32."""
     logprobs, entropies = [], []
     for prompt, response in zip(batch.prompt_ids, batch.response_ids, strict=True):
         logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0].float() / temperature
@@ -127,7 +134,7 @@ def test_fp32_log_probs_entropy_and_gradients_equal_one_sequence_at_a_time(famil
     plain = make_model(family)
     expected, entropy = reference(plain, batch, temperature)
     got, got_entropy = policy.logprobs(batch)
-    assert got.dtype == torch.float32 and not got_entropy.requires_grad
+    assert got.dtype == got_entropy.dtype == torch.float32
     torch.testing.assert_close(got, expected, **FP32)
     torch.testing.assert_close(got_entropy, entropy, **FP32)
     (expected * batch.advantages).sum().backward()
@@ -160,7 +167,7 @@ def test_gradients_of_bf16_weights_add_up_in_fp32():
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_a_longer_row_changes_nobody_elses_log_probs(family):
+def test_a_longer_sample_changes_nobody_elses_log_probs(family):
     short, long = make_batch(RAGGED), make_batch([(30, 60)], seed=5)
     both = Batch(
         short.prompt_ids + long.prompt_ids,
@@ -205,12 +212,12 @@ def test_a_chunked_head_equals_the_whole_one(rows, monkeypatch):
     whole, whole_entropy = policy.logprobs(batch)
     whole_gradients = gradients(policy, batch)
     monkeypatch.setattr(policy_module, "LOGITS_CHUNK_ELEMENTS", rows * V + 1)
-    largest = []
-    head = policy.model.get_output_embeddings()
-    hook = head.register_forward_hook(lambda _m, _i, out: largest.append(out.shape[0]))
+    sizes, statistics = [], head_logprobs._statistics
+    monkeypatch.setattr(
+        head_logprobs, "_statistics", lambda logits, *a: (sizes.append(logits.shape[0]), statistics(logits, *a))[1]
+    )
     chunked, entropy = policy.logprobs(batch)
-    assert max(largest) == rows and len(largest) == math.ceil(38 / rows)
-    hook.remove()
+    assert max(sizes) == rows and len(sizes) == math.ceil(38 / rows)
     torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(entropy, whole_entropy, rtol=1e-6, atol=1e-6)
     for a, b in zip(gradients(policy, batch), whole_gradients, strict=True):
@@ -240,7 +247,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_keeps_less(family):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("budget", [1, 30, 64, 10_000])
+@pytest.mark.parametrize("budget", [24, 30, 64, 10_000])
 def test_compute_logprobs_gives_the_batchs_order_whatever_the_micro_batches(budget):
     policy, batch = make_policy(temperature=0.8), make_batch(RAGGED)
     expected = policy.logprobs(batch)[0].detach()
@@ -252,25 +259,34 @@ def test_compute_logprobs_gives_the_batchs_order_whatever_the_micro_batches(budg
 # ---- batches
 
 
-@pytest.mark.parametrize("budget", [1, 10, 24, 48, 72, 10_000])
-def test_micro_batches_cover_each_row_once_within_the_budget(budget):
+@pytest.mark.parametrize(("budget", "count"), [(48, 3), (72, 2), (123, 2), (124, 1), (10_000, 1)])
+def test_micro_batches_cover_each_row_once_within_the_budget(budget, count):
+    """Prompts count: the samples have 124 tokens with them and 71 without."""
     batch = make_batch([*RAGGED, (3, 5), (1, 1), (20, 28)])
     lengths = [len(p) + len(r) for p, r in zip(batch.prompt_ids, batch.response_ids, strict=True)]
     micro = batch.micro_batches(budget)
     assert sorted(i for rows in micro for i in rows) == list(range(len(batch)))
-    for rows in micro:
-        assert len(rows) == 1 or max(lengths[i] for i in rows) * len(rows) <= budget
-    longest = lengths.index(48)
-    assert ([longest] in micro) == (budget < 48 + 48), "a sample longer than the budget goes alone"
-    assert budget < 10_000 or len(micro) == 1, "what fits together goes together"
+    assert all(sum(lengths[i] for i in rows) <= budget for rows in micro)
+    assert len(micro) == count, "what fits together goes together"
 
 
-def test_micro_batches_sort_by_length_so_that_little_is_padded():
-    batch = make_batch([(2, 2), (30, 30)] * 8)
-    padded = sum(
-        max(len(batch.prompt_ids[i] + batch.response_ids[i]) for i in m) * len(m) for m in batch.micro_batches(480)
-    )
-    assert padded == 8 * 60 + 8 * 4
+def test_a_sample_longer_than_the_budget_is_refused_wherever_one_is_given():
+    policy, batch = make_policy(), make_batch(RAGGED)
+    for split in (batch.micro_batches, lambda budget: policy.compute_logprobs(batch, budget)):
+        with pytest.raises(PackingError, match=r"--micro-batch-tokens 23 .* 24 tokens"):
+            split(23)
+
+
+def test_the_model_is_given_the_samples_tokens_and_no_others():
+    """Samples of very different lengths: padded to the longest of a micro-batch they would be up to twice as many."""
+    policy, batch = make_policy(), make_batch([(2, 2), (30, 30)] * 8)
+    seen = []
+    policy.model.get_input_embeddings().register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    policy.compute_logprobs(batch, 480)
+    assert [ids.shape for ids in seen] == [(1, 256), (1, 256)], "512 tokens in two halves"
+    sequences = [p + r for p, r in zip(batch.prompt_ids, batch.response_ids, strict=True)]
+    given = [[t for i in rows for t in sequences[i]] for rows in batch.micro_batches(480)]
+    assert [ids[0].tolist() for ids in seen] == given
 
 
 def test_select_keeps_tokens_with_their_sample():
@@ -378,7 +394,7 @@ def test_state_is_live_and_stays_in_place():
         assert torch.equal(state[name], tensor), f"{name}: an old state dict must show the new weights"
 
 
-@pytest.mark.parametrize("budget", [1, 30, 64])
+@pytest.mark.parametrize("budget", [24, 30, 64])
 def test_micro_batches_add_up_to_the_big_batch(budget):
     batch = make_batch(RAGGED)
     whole, split = make_policy("qwen3", lr=1e-3), make_policy("qwen3", lr=1e-3)
@@ -491,6 +507,7 @@ def test_a_saved_policy_opens_with_the_same_weights(family, tmp_path):
     assert opened.keys() == state.keys()
     for name, tensor in state.items():
         assert opened[name].dtype == torch.bfloat16 and torch.equal(opened[name], tensor), name
+    assert packing.ATTENTION not in (tmp_path / "config.json").read_text(), "others must be able to open it"
 
 
 def test_load_model_gives_bf16_weights_of_the_folder(tmp_path):
@@ -499,6 +516,16 @@ def test_load_model_gives_bf16_weights_of_the_folder(tmp_path):
     loaded = load_model(str(tmp_path), torch.device("cpu"))
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor.to(torch.bfloat16)), name
+
+
+@torch.no_grad()
+def test_a_loaded_model_attends_inside_each_sample(tmp_path):
+    make_model("qwen3", torch.bfloat16).save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, attn_implementation="sdpa")
+    loaded, batch = load_model(str(tmp_path), torch.device("cpu")), make_batch(RAGGED)
+    assert loaded.config._attn_implementation == packing.ATTENTION
+    difference = (Policy(loaded).logprobs(batch)[0] - reference(plain, batch, 1.0)[0]).abs()
+    assert difference.mean() < BF16 / 4 and difference.max() < BF16 * 4
 
 
 def test_load_model_names_the_flag_where_there_is_no_model(tmp_path):
@@ -534,7 +561,8 @@ def test_dropout_is_off():
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, attention_dropout=0.5,
     )  # fmt: skip
-    policy = Policy(AutoModelForCausalLM.from_config(config))
+    packing.register()
+    policy = Policy(AutoModelForCausalLM.from_config(config, attn_implementation=packing.ATTENTION))
     empty = torch.zeros(3)
     batch = Batch([[1, 2]], [[3, 4, 5]], empty, empty, empty.bool())
     assert torch.equal(policy.logprobs(batch)[0], policy.logprobs(batch)[0])

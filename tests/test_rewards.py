@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import rewards
 from data import Example
-from rewards import RewardError, Scorer, exact_reward, gsm8k_reward, number_reward, resolve_reward
+from rewards import RewardError, exact_reward, gsm8k_reward, number_reward, resolve_reward
 
 HUGE = 10_000_000  # characters
 
@@ -235,8 +235,8 @@ constant = 3
 def test_reward_file(tmp_path):
     assert resolve_reward(None) is None
     (tmp_path / "mine.py").write_text(USER)
-    scorer = Scorer(resolve_reward(f"{tmp_path}/mine.py:reward"))
-    assert (scorer.score(example(2), "4"), scorer.calls, scorer.errors) == (2.5, 1, 0)
+    mine = resolve_reward(f"{tmp_path}/mine.py:reward")
+    assert rewards.score(mine, example(2), "4") == (2.5, None)
 
 
 @pytest.mark.parametrize(
@@ -266,21 +266,16 @@ def test_bad_reward_specs(tmp_path, monkeypatch, spec, words):
 
 
 @pytest.mark.parametrize("name, right, wrong", [("number", "4", "5"), ("gsm8k", "#### 4", "4"), ("exact", "4", "4.0")])
-def test_scorer_uses_the_rows_own_reward(name, right, wrong):
-    scorer = Scorer(None)
-    assert [scorer.score(example(reward=name), text) for text in (right, wrong)] == [1.0, 0.0]
-    assert (scorer.calls, scorer.errors) == (2, 0)
+def test_score_uses_the_rows_own_reward(name, right, wrong):
+    assert [rewards.score(None, example(reward=name), text) for text in (right, wrong)] == [(1.0, None), (0.0, None)]
 
 
-def test_scorer_counts_errors_and_shows_the_first(capsys):
+def test_an_error_is_0_and_its_traceback():
     def reward(completion, answer, row):
         raise RuntimeError(f"broken on {completion}")
 
-    scorer = Scorer(reward)
-    assert [scorer.score(example(), text) for text in ("one", "two", "three")] == [0.0] * 3
-    assert (scorer.calls, scorer.errors) == (3, 3)
-    shown = capsys.readouterr().err
-    assert shown.count("Traceback") == 1 and "broken on one" in shown and "broken on two" not in shown
+    value, problem = rewards.score(reward, example(), "one")
+    assert value == 0.0 and "Traceback" in problem and "broken on one" in problem
 
 
 @pytest.mark.parametrize(
@@ -298,18 +293,18 @@ def test_scorer_counts_errors_and_shows_the_first(capsys):
         (1 + 0j, 0.0, 1),
     ],
 )
-def test_scorer_takes_finite_numbers_only(value, score, errors):
-    scorer = Scorer(lambda completion, answer, row: value)
-    assert (scorer.score(example(), "x"), scorer.errors) == (score, errors)
+def test_score_takes_finite_numbers_only(value, score, errors):
+    found, problem = rewards.score(lambda completion, answer, row: value, example(), "x")
+    assert (found, problem is not None) == (score, bool(errors))
 
 
-def test_scorer_takes_numpy_scalars_and_lets_an_interrupt_through():
+def test_score_takes_numpy_scalars_and_lets_an_interrupt_through():
     import numpy
 
-    assert Scorer(lambda *_: numpy.float32(0.5)).score(example(), "x") == 0.5
+    assert rewards.score(lambda *_: numpy.float32(0.5), example(), "x") == (0.5, None)
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Scorer(interrupted).score(example(), "x")
+        rewards.score(interrupted, example(), "x")

@@ -230,15 +230,26 @@ def test_publish_fails_if_the_prefix_cache_was_not_dropped(rig, monkeypatch):
 
 
 def test_the_collector_rests_while_the_engine_generates(rig, monkeypatch):
-    seen, generate = [], rig.engine.llm.generate
+    seen, step = [], rig.engine.llm.llm_engine.step
 
-    def spy(*args, **kwargs):
+    def spy():
         seen.append(gc.isenabled())
-        return generate(*args, **kwargs)
+        return step()
 
-    monkeypatch.setattr(rig.engine.llm, "generate", spy)
+    monkeypatch.setattr(rig.engine.llm.llm_engine, "step", spy)
     rig.engine.generate([[5, 6, 7]], n=1, max_tokens=1)
-    assert seen == [False] and gc.isenabled()
+    assert set(seen) == {False} and gc.isenabled()
+
+
+def test_a_prompt_is_handed_over_when_its_samples_are_complete(rig):
+    """With its texts, and once each."""
+    prompts, told = prompts_of(rig, 5), []
+    finished = lambda i, samples: told.append((i, samples))  # noqa: E731
+    groups = rig.engine.generate(prompts, n=3, max_tokens=4, on_finished=finished)
+    assert sorted(i for i, _ in told) == list(range(5))
+    assert all(samples is groups[i] and len(samples) == 3 for i, samples in told)
+    if rig.tokenizer is not None:
+        assert all(s.text == rig.tokenizer.decode(s.token_ids, skip_special_tokens=True) for g in groups for s in g)
 
 
 # ---- without an engine
@@ -278,26 +289,33 @@ class Draws:
     def __init__(self, rewards, lengths=()):
         self.rewards, self.lengths = rewards, lengths
         self.taken, self.calls = [], []
+        self.submitted = {}
 
     def take(self, n):
         start = sum(self.taken)
         self.taken.append(n)
         return [Prompt(Example(str(i), [], "", "exact", {}), [i]) for i in range(start, start + n)]
 
-    def generate(self, prompts, *, n, max_tokens):
+    def generate(self, prompts, *, n, max_tokens, on_finished):
         self.calls.append((n, max_tokens))
-        return [[self.sample(i, j) for j in range(n)] for (i,) in prompts]
+        groups = [[self.sample(i, j) for j in range(n)] for (i,) in prompts]
+        for i in reversed(range(len(groups))):  # in whatever order they are complete
+            on_finished(i, groups[i])
+        return groups
 
     def sample(self, i, j):
         length = self.lengths[i][j] if i < len(self.lengths) else 1
         return Sample([i] * length, [-0.5] * length, "length" if length == 4 else "stop", "")
 
-    def score(self, groups):
-        for group in groups:
-            group.rewards = list(self.rewards[int(group.prompt.example.id)])
+    def submit(self, key, example, completion):
+        self.submitted[key] = self.rewards[int(example.id)][key[1]]
+
+    def collect(self):
+        collected, self.submitted = self.submitted, {}
+        return collected
 
     def run(self, *, prompts, samples=2, max_tokens=4, **options):
-        return sample_groups(self, self, self.score, prompts=prompts, samples=samples, max_tokens=max_tokens, **options)
+        return sample_groups(self, self, self, prompts=prompts, samples=samples, max_tokens=max_tokens, **options)
 
 
 def drawn(groups):

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Qwen2Config
 
+import packing
 import train
 from config import TINY_MODEL, Args
 from data import Example, Prompt
@@ -61,7 +63,8 @@ def make_policy(seed: int = 0, **options) -> Policy:
         initializer_range=0.1,
         tie_word_embeddings=True,
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    packing.register()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=packing.ATTENTION)
     return Policy(model, **({"lr": 1e-3, "weight_decay": 0.0} | options))
 
 
@@ -196,7 +199,8 @@ def plain_update(policy: Policy, batch: Batch, old: torch.Tensor, cap: float = 2
 @pytest.mark.parametrize("updates", [1, 2, 4])
 def test_train_step_equals_plain_torch_with_old_log_probs_of_the_steps_start(updates):
     policy, plain = make_policy(), make_policy()
-    groups, args = random_groups(policy), make_args(updates_per_batch=updates, micro_batch_tokens=20)
+    groups = random_groups(policy)
+    args = make_args(updates_per_batch=updates, micro_batch_tokens=20, max_prompt_len=8)
     metrics = train.train_step(policy, groups, args)
     batch, _ = train.build_batch(groups, args, CPU)
     batch.old_logprobs = plain.compute_logprobs(batch, 1000)
@@ -220,12 +224,15 @@ def test_old_log_probs_are_recomputed_once_and_only_for_several_updates(updates,
 
 
 def test_the_micro_batch_budget_does_not_change_weights_or_metrics():
-    results = {}
-    for budget in (1, 20, 10_000):
-        policy = make_policy()
+    results, passes = {}, {}
+    for budget in (12, 20, 10_000):  # 12: one sequence of full length
+        policy, seen = make_policy(), []
         groups = random_groups(policy, groups=6)
-        metrics = train.train_step(policy, groups, make_args(micro_batch_tokens=budget, updates_per_batch=2))
-        results[budget] = policy, metrics
+        policy.model.get_input_embeddings().register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        args = make_args(micro_batch_tokens=budget, updates_per_batch=2, max_prompt_len=5, max_response_len=7)
+        metrics = train.train_step(policy, groups, args)
+        results[budget], passes[budget] = (policy, metrics), len(seen)
+    assert passes[10_000] == 1 + 2 and passes[12] > passes[20] > passes[10_000]  # old log-probs, two updates
     whole, expected = results.pop(10_000)
     for policy, metrics in results.values():
         assert_same_weights(policy, whole)
@@ -337,9 +344,12 @@ class FakeEngine:
         self.events.append(f"publish {version}")
         self.version = version
 
-    def generate(self, prompts, *, n, max_tokens, greedy=False):
+    def generate(self, prompts, *, n, max_tokens, greedy=False, on_finished=lambda i, samples: None):
         self.events.append("greedy" if greedy else "sample")
-        return [[self._sample() for _ in range(n)] for _ in prompts]
+        groups = [[self._sample() for _ in range(n)] for _ in prompts]
+        for i, samples in enumerate(groups):
+            on_finished(i, samples)
+        return groups
 
     def _sample(self):
         self.turn += 1
@@ -550,6 +560,10 @@ BAD = {  # name: (flags from the test's folder, words of the message)
     "top-p": (lambda d: ["--top-p=0.9"], ["--top-p 0.9"]),
     "tis-cap": (lambda d: ["--tis-cap=0"], ["--tis-cap", "0"]),
     "samples per prompt": (lambda d: ["--samples-per-prompt=1"], ["--samples-per-prompt", "at least 2"]),
+    "micro-batch below a sequence": (
+        lambda d: ["--micro-batch-tokens=39"],
+        ["--micro-batch-tokens 39", "--max-prompt-len 32", "--max-response-len 8"],
+    ),
     "prompts too long": (lambda d: ["--max-prompt-len=3"], ["--max-prompt-len 3", "shortest"]),
     "more positions than the model has": (
         lambda d: ["--max-response-len=5000"],
@@ -584,6 +598,30 @@ def test_an_existing_run_name_is_refused_and_its_files_are_left(fake, tmp_path, 
         run_main(monkeypatch, *one_or_two(tmp_path), "--run-name=a", "--steps=1")
     assert re.fullmatch(r"error: .*--run-name.*", end.value.code)
     assert [p.name for p in old.iterdir()] == ["metrics.jsonl"] and (old / "metrics.jsonl").read_text() == "kept\n"
+
+
+@needs_tiny_model
+def test_a_window_smaller_than_a_sequence_ends_in_one_line_that_names_the_flags(fake, tmp_path, monkeypatch):
+    """A model that attends to fewer tokens than a sequence has cannot be trained here."""
+    folder = shutil.copytree(TINY_MODEL, tmp_path / "windowed")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
+    config["layer_types"] = ["sliding_attention"] * len(config["layer_types"])
+    (folder / "config.json").write_text(json.dumps(config))
+    flags = (f"--model={folder}", "--max-prompt-len=32", "--max-response-len=8", "--steps=1", "--eval-every=0")
+    with pytest.raises(SystemExit) as end:
+        run_main(monkeypatch, *one_or_two(tmp_path), *flags)
+    assert re.fullmatch(r"error: --max-prompt-len 32 .*--max-response-len 8 .*window of 4 tokens.*", end.value.code)
+
+
+def test_without_a_gpu_a_micro_batch_holds_a_full_sequence(device):
+    if device.type != "cpu":
+        pytest.skip("a CPU's plan")
+    config = Qwen2Config(vocab_size=V, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4)
+    sizes = {"max_prompt_len": 4000, "kv_cache_gib": 0.1}
+    for response, tokens in ((1000, 16384), (30_000, 34_000)):
+        args, _, _ = train.plan_device(Args(max_response_len=response, **sizes).resolved(), config)
+        assert args.micro_batch_tokens == tokens
 
 
 # ---- whole runs
