@@ -121,6 +121,9 @@ class Args:
     micro_batch_tokens: int | None = None
     """Tokens in a forward and backward pass, at least one full sequence. None: from the memory plan, 16384 where there
     is room."""
+    offload_optimizer: bool | None = None
+    """fp32 master weights and AdamW's moments in pinned host memory, streamed through the GPU at each update. None:
+    from the memory plan."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass: slower by a quarter, much less memory. None: from the memory plan."""
 

@@ -4,15 +4,20 @@ Everything is predicted before anything is allocated, from the model's config an
 up; `python train.py` prints the table with the choice and its reason.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from optimizer import PIECE_ELEMENTS, SLOTS
+
 GIB = 2**30
 USABLE = 0.94  # of the free memory: the rest is for fragmentation and libraries' workspaces
 MICRO_BATCH_CHOICES = (16384, 8192, 4096)  # tokens, in order of preference
-TRAIN_BYTES_PER_PARAMETER = 2 + 4 + 4 + 8  # bf16 weight, fp32 gradient, fp32 master, two fp32 Adam moments
+WEIGHT_AND_GRADIENT = 2 + 4  # bytes a parameter: bf16 weight, fp32 gradient
+SLOT_BYTES = SLOTS * 3 * 4 * PIECE_ELEMENTS  # of an offloaded optimizer, on the GPU
+MASTER_AND_MOMENTS = 4 + 8  # fp32 master, two fp32 Adam moments; in host memory if offloaded
 
 
 class MemoryPlanError(RuntimeError):
@@ -58,6 +63,7 @@ class MemoryPlan:
 
     sleep_level: int
     checkpointing: bool
+    offload: bool
     micro_batch_tokens: int
     kv_cache: int
     reason: str
@@ -80,13 +86,16 @@ class MemoryPlan:
             ("engine weights", self.engine_weights),
             ("engine CUDA graphs, workspace", self.engine_graphs + self.engine_workspace),
             (f"KV cache (wanted {self.kv_wanted / GIB:.1f})", self.kv_cache),
-            ("policy, gradients, master, Adam", self.training_state),
+            ("policy, gradients" + ("" if self.offload else ", master, Adam"), self.training_state),
             ("activations, logits while training", self.training_peak),
             ("free on the device", self.free),
         ]
         lines = [f"  {name:<36}{size / GIB:8.1f} GiB" for name, size in rows]
         kept = "recomputed" if self.checkpointing else "kept"
-        choice = f"  activations {kept}, {self.micro_batch_tokens} tokens a micro-batch; --sleep {self.sleep_level}"
+        where = ", master and Adam in host memory" if self.offload else ""
+        choice = (
+            f"  activations {kept}{where}, {self.micro_batch_tokens} tokens a micro-batch; --sleep {self.sleep_level}"
+        )
         return "\n".join(["memory plan", *lines, f"{choice}: {self.reason}"])
 
 
@@ -99,17 +108,18 @@ def plan_memory(
     max_num_seqs: int,
     micro_batch_tokens: int | None,
     checkpointing: bool | None,
+    offload: bool | None,
     sleep: str,
     kv_cache_gib: float | None = None,
 ) -> MemoryPlan:
     """Decide sleep level, activation checkpointing, micro-batch size and KV cache for `free` bytes, where the engine
     holds `one_byte_weights` of the parameters in an 8-bit format and the others in bf16.
 
-    `micro_batch_tokens` and `checkpointing` are chosen where they are None, `sleep` where it is "auto"; the first that
-    fits is taken, in order of what it costs: smaller micro-batches, recomputed activations, then an engine that sleeps
-    at level 2 while the policy trains (the sync writes every weight anyway). An engine that stays has a KV cache for
-    `max_num_seqs` full sequences; one that sleeps has what the training state leaves. Raises MemoryPlanError if nothing
-    fits.
+    `micro_batch_tokens`, `checkpointing` and `offload` (master weights and moments in host memory) are chosen where
+    they are None, `sleep` where it is "auto"; the first that fits is taken, in order of what it costs: smaller
+    micro-batches, recomputed activations, an engine that sleeps at level 2 while the policy trains (the sync writes
+    every weight anyway), an offloaded optimizer. An engine that stays has a KV cache for `max_num_seqs` full sequences;
+    one that sleeps has what the training state leaves. Raises MemoryPlanError if nothing fits.
     """
     s = sizes
     usable = int(free * USABLE)
@@ -118,9 +128,9 @@ def plan_memory(
     workspace = 12 * max_num_seqs * s.vocab  # sampler: a few fp32 copies of the logits
     least = s.kv_bytes_per_token * (max_model_len + 16)
     wanted = least * max_num_seqs if kv_cache_gib is None else int(kv_cache_gib * GIB)
-    state = TRAIN_BYTES_PER_PARAMETER * s.parameters
 
-    def try_plan(level: int, checkpoint: bool, tokens: int) -> tuple[bool, MemoryPlan]:
+    def try_plan(level: int, checkpoint: bool, tokens: int, on_host: bool) -> tuple[bool, MemoryPlan]:
+        state = WEIGHT_AND_GRADIENT * s.parameters + (SLOT_BYTES if on_host else MASTER_AND_MOMENTS * s.parameters)
         block = tokens * (13 * s.hidden + 4.5 * s.intermediate) * 2  # what one layer keeps for backward
         activations = int(tokens * s.layers * s.hidden * 2 + block if checkpoint else s.layers * block)
         peak = activations + 5 * GIB + 4 * s.vocab * s.hidden  # logits by chunks, and the head's gradient
@@ -139,21 +149,22 @@ def plan_memory(
                 "every weight, so none is kept on the host"
             )
         return fits, MemoryPlan(
-            level, checkpoint, tokens, kv, reason, wanted, free, weights, workspace, graphs, state, peak
+            level, checkpoint, on_host, tokens, kv, reason, wanted, free, weights, workspace, graphs, state, peak
         )
 
     levels = (0, 2) if sleep == "auto" else (int(sleep),)
     checkpoints = (False, True) if checkpointing is None else (checkpointing,)
     choices = MICRO_BATCH_CHOICES if micro_batch_tokens is None else (micro_batch_tokens,)
     sizes_of_micro_batch = dict.fromkeys(max(tokens, max_model_len) for tokens in choices)  # at least one sequence
-    for level in levels:
-        for checkpoint in checkpoints:
+    for on_host in (False, True) if offload is None else (offload,):
+        for level, checkpoint in itertools.product(levels, checkpoints):
             for tokens in sizes_of_micro_batch:
-                fits, plan = try_plan(level, checkpoint, tokens)
+                fits, plan = try_plan(level, checkpoint, tokens, on_host)
                 if fits:
                     return plan
     raise MemoryPlanError(
         f"this run does not fit on the GPU.\n{plan.table()}\n"
         "What helps: a smaller --model; smaller --max-response-len, --max-num-seqs or --micro-batch-tokens; "
-        "--gradient-checkpointing True; --sleep 2; --kv-cache-gib left out; other programs off the GPU"
+        "--gradient-checkpointing True; --offload-optimizer True; --sleep 2; --kv-cache-gib left out; other programs "
+        "off the GPU"
     )

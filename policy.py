@@ -3,10 +3,8 @@
 Axes: N samples, T response tokens of all samples one after the other, S tokens of a micro-batch with its prompts,
 H hidden size, V vocabulary.
 
-Why master weights: at lr 1e-6 an update is far below bf16's half ulp (2^-9 of a weight), so a bf16 weight would never
-move. AdamW works on fp32 copies; each update ends by rounding them into the bf16 weights that the forward pass and the
-sync read. Gradients are summed over micro-batches in fp32 too, by a hook that also frees each bf16 gradient at once;
-within one micro-batch they are autograd's own, in bf16.
+Gradients are summed over micro-batches in fp32, by a hook that also frees each bf16 gradient at once; within one
+micro-batch they are autograd's own, in bf16. The optimizer is optimizer.py.
 """
 
 import math
@@ -19,6 +17,7 @@ import torch
 import packing
 from head_logprobs import CHUNK_ELEMENTS as LOGITS_CHUNK_ELEMENTS
 from head_logprobs import head_logprobs
+from optimizer import MasterAdamW
 from packing import pack
 
 FAMILIES = ("qwen2", "qwen3", "llama")  # logits = head(last hidden state): no scaling, no soft cap
@@ -99,6 +98,7 @@ class Policy:
         max_grad_norm: global norm to clip to.
         temperature: divides the logits, as the sampler does.
         checkpointing: recompute activations in the backward pass.
+        offload_optimizer: fp32 masters and moments in host memory.
     """
 
     def __init__(
@@ -112,6 +112,7 @@ class Policy:
         max_grad_norm: float = 1.0,
         temperature: float = 1.0,
         checkpointing: bool = False,
+        offload_optimizer: bool = False,
     ):
         if model.config.model_type not in FAMILIES:
             raise PolicyError(
@@ -134,16 +135,9 @@ class Policy:
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._weights = [p for p in model.parameters() if p.requires_grad]
-        self._masters = [p.detach().to(torch.float32, copy=True) for p in self._weights]
-        for master in self._masters:
-            master.grad = torch.zeros_like(master)
-        for weight, master in zip(self._weights, self._masters, strict=True):
-            weight.register_post_accumulate_grad_hook(_add_to(master))
-        groups = [
-            {"params": [m for m in self._masters if m.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [m for m in self._masters if m.dim() < 2], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+        self.optimizer = MasterAdamW(self._weights, weight_decay=weight_decay, betas=betas, offload=offload_optimizer)
+        for weight, grad in zip(self._weights, self.optimizer.grads, strict=True):
+            weight.register_post_accumulate_grad_hook(_add_to(grad))
 
     # -- log-probs -----------------------------------------------------------------------------------------------
 
@@ -189,18 +183,17 @@ class Policy:
 
         A norm that is not finite skips the update and is counted; weights and optimizer state stay as they were.
         """
-        norm = float(torch.nn.utils.clip_grad_norm_(self._masters, self.max_grad_norm))
-        applied = math.isfinite(norm)
+        grads = self.optimizer.grads
+        norm = torch.nn.utils.get_total_norm(grads)
+        applied = math.isfinite(float(norm))
         if applied:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.current_lr()
-            self.optimizer.step()
-            torch._foreach_copy_(self._weights, self._masters)
+            torch._foreach_mul_(grads, torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0))
+            self.optimizer.step(self.current_lr())
             self.updates += 1
         else:
             self.skipped += 1
-        torch._foreach_zero_([m.grad for m in self._masters])
-        return norm, applied
+        torch._foreach_zero_(grads)
+        return float(norm), applied
 
     def save(self, folder: Path, tokenizer: Any) -> None:
         """Write the bf16 weights and the tokenizer in HF layout (safetensors), which vLLM and transformers open."""
@@ -208,10 +201,9 @@ class Policy:
         tokenizer.save_pretrained(folder)
 
 
-def _add_to(master: torch.Tensor) -> Any:
+def _add_to(total: torch.Tensor) -> Any:
     def hook(weight: torch.Tensor) -> None:
-        assert master.grad is not None and weight.grad is not None
-        master.grad.add_(weight.grad)
+        total.add_(weight.grad)
         weight.grad = None
 
     return hook

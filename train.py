@@ -250,6 +250,7 @@ def build(
             max_grad_norm=args.max_grad_norm,
             temperature=args.temperature,
             checkpointing=bool(args.gradient_checkpointing),
+            offload_optimizer=bool(args.offload_optimizer),
         )
     except torch.OutOfMemoryError as error:
         raise MemoryPlanError(
@@ -314,6 +315,7 @@ def plan_device(args: Args, config: Any) -> tuple[Args, MemoryPlan, list[str]]:
             max_num_seqs=sequences,
             micro_batch_tokens=args.micro_batch_tokens,
             checkpointing=args.gradient_checkpointing,
+            offload=args.offload_optimizer,
             sleep=args.sleep,
             kv_cache_gib=args.kv_cache_gib,
         )
@@ -325,13 +327,18 @@ def plan_device(args: Args, config: Any) -> tuple[Args, MemoryPlan, list[str]]:
         plan = MemoryPlan(
             sleep_level=0,
             checkpointing=bool(args.gradient_checkpointing),
+            offload=bool(args.offload_optimizer),
             micro_batch_tokens=args.micro_batch_tokens or max(MICRO_BATCH_CHOICES[0], args.max_model_len),
             kv_cache=wanted if args.kv_cache_gib is None else int(args.kv_cache_gib * GIB),
             reason="a CPU has no sleep mode",
         )
         kv = f"KV cache {plan.kv_cache / 2**20:.0f} MiB"
         print(f"no GPU: engine and policy run on the CPU, nothing sleeps, {kv}", flush=True)
-    chosen = {"micro_batch_tokens": plan.micro_batch_tokens, "gradient_checkpointing": plan.checkpointing}
+    chosen = {
+        "micro_batch_tokens": plan.micro_batch_tokens,
+        "gradient_checkpointing": plan.checkpointing,
+        "offload_optimizer": plan.offload,
+    }
     return dataclasses.replace(args, **chosen), plan, skip
 
 

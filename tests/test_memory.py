@@ -23,6 +23,7 @@ RUN = dict(
     max_num_seqs=128,
     micro_batch_tokens=16384,
     checkpointing=True,
+    offload=False,
     sleep="auto",
 )
 ONE_SEQUENCE = KV_TOKEN * LENGTH
@@ -217,3 +218,24 @@ def test_table_prints_each_part_the_choice_and_its_reason(sizes):
     assert f"wanted {small.kv_wanted / GIB:.1f}" in table
     assert lines[-1].split(":")[0].strip() == "activations recomputed, 16384 tokens a micro-batch; --sleep 2"
     assert small.reason in lines[-1]
+
+
+# ---- an optimizer in host memory
+
+
+def test_the_optimizer_leaves_the_gpu_when_nothing_else_helps(sizes):
+    """12 bytes a parameter less, and three slots more: 1.5B trains on 24 GiB, which it cannot with all of it there."""
+    with pytest.raises(MemoryPlanError, match="--offload-optimizer True"):
+        plan(sizes, 24, checkpointing=None, micro_batch_tokens=None)
+    small = plan(sizes, 24, checkpointing=None, micro_batch_tokens=None, offload=None)
+    assert small.offload and small.sleep_level == 2 and small.checkpointing
+    assert small.training_state == PARAMETERS * (2 + 4) + 3 * 3 * 4 * 2**24
+    assert "master and Adam in host memory" in small.table() and "policy, gradients   " in small.table()
+    big = plan(sizes, 139, checkpointing=None, micro_batch_tokens=None, offload=None)
+    assert not big.offload and big.sleep_level == 0
+
+
+def test_an_offloaded_optimizer_may_be_asked_for(sizes):
+    asked = plan(sizes, 139, offload=True)
+    assert asked.offload and asked.sleep_level == 0
+    assert asked.training_state < plan(sizes, 139).training_state - 16 * GIB

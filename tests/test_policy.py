@@ -97,9 +97,9 @@ def gradients(policy: Policy, batch: Batch) -> list[torch.Tensor]:
     """The accumulated fp32 gradients of sum(advantage * log-prob), then cleared."""
     logprobs, _ = policy.logprobs(batch)
     (logprobs * batch.advantages).sum().backward()
-    got = [m.grad.clone() for m in policy._masters]
-    for m in policy._masters:
-        m.grad.zero_()
+    got = [g.clone() for g in policy.optimizer.grads]
+    for g in policy.optimizer.grads:
+        g.zero_()
     return got
 
 
@@ -110,14 +110,14 @@ def cosine_and_length(a: list[torch.Tensor], b: list[torch.Tensor]) -> tuple[flo
 
 def accumulate(policy: Policy, value: float = 1.0) -> None:
     """Put the same gradient on every weight, without a forward pass."""
-    for master in policy._masters:
-        master.grad.fill_(value)
+    for grad in policy.optimizer.grads:
+        grad.fill_(value)
 
 
 def snapshot(policy: Policy) -> list[torch.Tensor]:
     """Copies of weights, masters and optimizer state."""
-    state = [t for s in policy.optimizer.state.values() for t in s.values()]
-    return [t.detach().clone() for t in (*policy._weights, *policy._masters, *state)]
+    states = [t for states in policy.optimizer._states for t in states]
+    return [t.detach().clone() for t in (*policy._weights, *states)]
 
 
 def bitwise_equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -163,7 +163,7 @@ def test_gradients_of_bf16_weights_add_up_in_fp32():
     for _ in range(600):
         model.weight.sum().backward()
         assert model.weight.grad is None, "the bf16 gradient must be freed at once"
-    assert policy._masters[0].grad.tolist() == [[600.0, 600.0]] * 2
+    assert policy.optimizer.grads[0].tolist() == [[600.0, 600.0]] * 2
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -323,7 +323,9 @@ def test_tiny_updates_are_not_lost():
         if moved_at is None and not torch.equal(model.weight, torch.ones(4, 4, dtype=torch.bfloat16)):
             moved_at = step
     # fp32 below 1 has steps of 2^-24, so each update is off by 2^-25 at most.
-    torch.testing.assert_close(policy._masters[0], torch.full((4, 4), 1 - lr * steps), rtol=0, atol=steps * 2**-25)
+    torch.testing.assert_close(
+        policy.optimizer.masters[0], torch.full((4, 4), 1 - lr * steps), rtol=0, atol=steps * 2**-25
+    )
     assert torch.equal(naive, torch.ones(4, 4, dtype=torch.bfloat16)), "bf16 alone never moves"
     # bf16 below 1 has steps of 2^-8; rounding turns over at half of one: 2^-9 / 1e-6 = 1953 updates.
     assert moved_at == pytest.approx(2**-9 / lr, rel=2**-25 / lr)
@@ -351,9 +353,9 @@ def test_weights_are_the_masters_rounded_to_bf16_bit_for_bit():
     for _ in range(3):
         backward(policy, batch)
         policy.update()
-        for weight, master in zip(policy._weights, policy._masters, strict=True):
+        for weight, master in zip(policy._weights, policy.optimizer.masters, strict=True):
             assert torch.equal(weight.view(torch.int16), master.to(torch.bfloat16).view(torch.int16))
-    assert any(not torch.equal(w.float(), m) for w, m in zip(policy._weights, policy._masters, strict=True))
+    assert any(not torch.equal(w.float(), m) for w, m in zip(policy._weights, policy.optimizer.masters, strict=True))
 
 
 def test_updates_follow_plain_adamw_on_an_fp32_model():
@@ -403,10 +405,10 @@ def test_micro_batches_add_up_to_the_big_batch(budget):
     assert len(parts) > 1
     for rows in parts:
         backward(split, batch.select(rows))
-    for a, b in zip(whole._masters, split._masters, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+    for a, b in zip(whole.optimizer.grads, split.optimizer.grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert whole.update()[0] == pytest.approx(split.update()[0], rel=1e-5)
-    assert all(not m.grad.any() for m in split._masters), "gradients are cleared for the next step"
+    assert all(not g.any() for g in split.optimizer.grads), "gradients are cleared for the next step"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -416,7 +418,7 @@ def test_a_gradient_that_is_not_finite_skips_the_update_and_nothing_else(bad):
     policy.update()  # so that there is optimizer state to spoil
     before = snapshot(policy)
     backward(policy, batch)
-    policy._masters[3].grad.view(-1)[0] = bad
+    policy.optimizer.grads[3].view(-1)[0] = bad
     norm, applied = policy.update()
     assert not applied and not math.isfinite(norm)
     assert (policy.updates, policy.skipped) == (1, 1)
@@ -439,13 +441,15 @@ def test_a_nan_in_the_loss_is_caught_too():
 
 
 def test_warm_up_by_hand():
-    policy = Policy(SimpleModel(torch.ones(2, 2)), lr=8e-4, warmup_steps=4)
+    policy = Policy(SimpleModel(torch.ones(2, 2)), lr=8e-4, warmup_steps=4, weight_decay=0.0)
     lrs = []
     for _ in range(7):
         lrs.append(policy.current_lr())
+        before = policy.optimizer.masters[0].clone()
         accumulate(policy)
         policy.update()
-        assert {g["lr"] for g in policy.optimizer.param_groups} == {lrs[-1]}, "the lr that was announced is applied"
+        moved = (before - policy.optimizer.masters[0]).flatten().tolist()  # equal gradients move Adam by its lr
+        assert moved == pytest.approx([lrs[-1]] * 4, rel=1e-3), "the lr that was announced is applied"
     assert lrs == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4, 8e-4, 8e-4, 8e-4])
     assert Policy(SimpleModel(torch.ones(2, 2)), lr=8e-4, warmup_steps=0).current_lr() == 8e-4
 
@@ -455,24 +459,24 @@ def test_weight_decay_acts_on_matrices_alone():
     policy = Policy(model, lr=0.1, weight_decay=0.5)
     accumulate(policy, 0.0)
     assert policy.update()[1]
-    assert policy._masters[0].tolist() == [[pytest.approx(2 * (1 - 0.1 * 0.5))] * 2] * 2
-    assert policy._masters[1].tolist() == [2.0, 2.0]
+    assert policy.optimizer.masters[0].tolist() == [[pytest.approx(2 * (1 - 0.1 * 0.5))] * 2] * 2
+    assert policy.optimizer.masters[1].tolist() == [2.0, 2.0]
 
 
 def test_clipping_by_hand():
     """Gradients (3, 4) have norm 5; clipped to 1 they are (0.6, 0.8). Adam's first moment shows what it was given."""
     model = SimpleModel(torch.zeros(1, 1), bias=torch.zeros(1))
     policy = Policy(model, lr=0.1, max_grad_norm=1.0, betas=(0.9, 0.999))
-    policy._masters[0].grad.fill_(3.0)
-    policy._masters[1].grad.fill_(4.0)
+    policy.optimizer.grads[0].fill_(3.0)
+    policy.optimizer.grads[1].fill_(4.0)
     norm, _ = policy.update()
     assert norm == pytest.approx(5.0), "the norm is reported before clipping"
-    moments = [float(policy.optimizer.state[m]["exp_avg"]) for m in policy._masters]
+    moments = [float(first) for _, first, _ in policy.optimizer._states]
     assert moments == pytest.approx([0.1 * 0.6, 0.1 * 0.8], rel=1e-4)
     below = Policy(SimpleModel(torch.zeros(1, 1)), lr=0.1, max_grad_norm=1.0)
-    below._masters[0].grad.fill_(0.25)
+    below.optimizer.grads[0].fill_(0.25)
     below.update()
-    assert float(below.optimizer.state[below._masters[0]]["exp_avg"]) == pytest.approx(0.1 * 0.25, rel=1e-4)
+    assert float(below.optimizer._states[0][1]) == pytest.approx(0.1 * 0.25, rel=1e-4)
 
 
 def test_an_update_raises_the_log_prob_of_what_was_rewarded():
