@@ -1,0 +1,106 @@
+"""On a GPU only: packed attention, the head's kernels, and an optimizer in pinned host memory, against plain torch."""
+
+import runtime  # noqa: F401
+
+# isort: split
+import pytest
+import torch
+
+import head_logprobs
+import optimizer
+import packing
+from optimizer import MasterAdamW
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_packed_equals_one_by_one(make_model, family):
+    """Hidden states and gradients, with fewer key/value heads than heads; both sides in bf16, judged against fp32."""
+    model, _ = make_model(family, tied=False, head_dim=64)
+    packing.register()
+    g = torch.Generator().manual_seed(0)
+    sequences = [torch.randint(0, 200, (n,), generator=g).tolist() for n in (5, 300, 1, 17, 128, 129)]
+    weights = torch.randn(sum(map(len, sequences)), 128, generator=g).cuda()
+
+    def run(attention, dtype, packed):
+        model.to(dtype).zero_grad()
+        model.set_attn_implementation(attention)
+        if packed:
+            hidden = model.base_model(**packing.model_inputs(sequences, torch.device("cuda")), use_cache=False)[0][0]
+        else:
+            hidden = torch.cat([model.base_model(torch.tensor([s]).cuda(), use_cache=False)[0][0] for s in sequences])
+        (hidden.float() * weights).sum().backward()
+        grads = torch.cat([p.grad.float().flatten() for p in model.base_model.parameters()])
+        return hidden.float().detach(), grads
+
+    exact = run("sdpa", torch.float32, packed=False)
+    plain = run("sdpa", torch.bfloat16, packed=False)
+    ours = run(packing.ATTENTION, torch.bfloat16, packed=True)
+    for reference, a, b in zip(exact, plain, ours, strict=True):
+        assert (b - reference).norm() <= 1.5 * (a - reference).norm()
+
+
+@pytest.mark.parametrize(("vocabulary", "temperature"), [(151936, 1.0), (1000, 0.7), (4097, 1.3)])
+def test_the_heads_kernels_equal_plain_torch(vocabulary, temperature):
+    g = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(300, 64, generator=g, device="cuda").bfloat16().requires_grad_()
+    weight = (torch.randn(vocabulary, 64, generator=g, device="cuda") * 0.3).bfloat16().requires_grad_()
+    labels = torch.randint(0, vocabulary, (300,), generator=g, device="cuda")
+    upstream = torch.randn(2, 300, generator=g, device="cuda")
+
+    def plain(h, w):
+        logp = ((h @ w.t()).float() / temperature).log_softmax(-1)
+        return logp.gather(1, labels[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+    def chunked(h, w):
+        return head_logprobs.head_logprobs(h, w, labels, temperature, chunk_elements=100 * vocabulary)
+
+    found = []
+    for function in (plain, chunked):
+        out = function(hidden, weight)
+        found.append(
+            (
+                *out,
+                *torch.autograd.grad(sum((x * u).sum() for x, u in zip(out, upstream, strict=True)), (hidden, weight)),
+            )
+        )
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b.float(), a.float(), rtol=2e-2, atol=2e-2 * float(a.float().abs().max()))
+    for a, b in zip(found[0][:2], found[1][:2], strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-3)
+
+
+def test_logits_memory_does_not_grow_with_the_tokens():
+    weight = torch.randn(151936, 64, device="cuda").bfloat16()
+
+    def peak(tokens):
+        hidden = torch.randn(tokens, 64, device="cuda").bfloat16().requires_grad_()
+        labels = torch.zeros(tokens, dtype=torch.long, device="cuda")
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        head_logprobs.head_logprobs(hidden, weight, labels)[0].sum().backward()
+        return torch.cuda.max_memory_allocated() - before
+
+    assert peak(16384) < peak(4096) * 1.1
+
+
+def test_an_offloaded_optimizer_is_the_resident_one(monkeypatch):
+    monkeypatch.setattr(optimizer, "PIECE_ELEMENTS", 1 << 16)
+    g = torch.Generator("cuda").manual_seed(0)
+    weights = [torch.randn(shape, generator=g, device="cuda").bfloat16() for shape in ((700, 500), (333,), (64, 64))]
+    here, there = (
+        MasterAdamW([w.clone() for w in weights], weight_decay=0.1, offload=offload) for offload in (False, True)
+    )
+    for _ in range(4):
+        for a, b in zip(here.grads, there.grads, strict=True):
+            a.normal_(generator=g)
+            b.copy_(a)
+        here.step(1e-2)
+        there.step(1e-2)
+    for a, b in zip(here._states, there._states, strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert y.is_pinned()
+            torch.testing.assert_close(x.cpu(), y, rtol=1e-6, atol=1e-8)
+    assert all(torch.equal(a, b) for a, b in zip(here._weights, there._weights, strict=True))
