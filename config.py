@@ -68,13 +68,13 @@ class Args:
     """Seconds that one reward may take; then it counts as 0 and its process is replaced."""
 
     rollout_quant: Literal["fp8", "fp8-channel", "fp8-block", "int8", "none"] = "fp8"
-    """Weights of the sampler: FP8 with one scale a matrix (fp8), a row (fp8-channel) or 128 x 128 block (fp8-block);
-    int8 with one a row; none: bf16."""
+    """Weights of the sampler: FP8 with one scale a matrix (fp8), a row (fp8-channel) or a block of 128 x 128
+    (fp8-block); int8 with one scale a row; none for bf16."""
     quant_skip: str = ""
     """Layers of the sampler that stay bf16, by comma: layers.0,down_proj,layers.3.mlp."""
     prove_sync: bool = True
-    """At start, load the policy through vLLM's own loader once and compare its bytes with the sync's (not for int8,
-    which vLLM does not quantize to)."""
+    """At start, load the policy through vLLM's own loader once and compare its bytes with the sync's. Not for int8,
+    to which vLLM itself does not quantize."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """The sampler's KV cache: bf16 (auto), or fp8, which holds twice the tokens. GPU only."""
     tis_cap: float | None = 2.0

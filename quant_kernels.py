@@ -346,7 +346,7 @@ class _Kernel(NamedTuple):
 
     @property
     def warps(self) -> int:
-        if self.name == "flat":
+        if self.name != "rows":
             return 4
         lanes = self.rows * (self.columns + self.tail)
         return min(max(triton.next_power_of_2(lanes) // 2048, 4), 16)

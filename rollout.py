@@ -179,7 +179,7 @@ class Engine:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             raise EngineError(
-                f"vLLM's own loader failed: {error}. --prove-sync False starts without comparing the sync with it"
+                f"vLLM's own loader failed: {error}. --no-prove-sync starts without comparing the sync with it"
             ) from error
         finally:
             log.setLevel(level)

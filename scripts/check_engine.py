@@ -23,6 +23,7 @@ import argparse
 
 import torch
 
+import packing
 from config import TINY_MODEL
 from policy import load_model
 from quant_sync import SyncPlan
@@ -57,9 +58,9 @@ def gap(engine: Engine, model: torch.nn.Module, prompts: list[list[int]]) -> flo
     total, count = 0.0, 0
     for prompt, group in zip(prompts, groups, strict=True):
         for sample in group:
-            ids = torch.tensor([prompt + sample.token_ids], device="cuda")
-            logprobs = model(ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
-            ours = logprobs.gather(1, ids[0, len(prompt) :, None])[:, 0]
+            inputs = packing.model_inputs([prompt + sample.token_ids], torch.device("cuda"))
+            logprobs = model(**inputs).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+            ours = logprobs.gather(1, inputs["input_ids"][0, len(prompt) :, None])[:, 0]
             total += float((ours - torch.tensor(sample.rollout_logprobs, device="cuda")).abs().sum())
             count += len(sample.token_ids)
     return total / count

@@ -16,7 +16,8 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from small_models import CONFIGS, V
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 import packing
 from packing import PackingError, model_inputs, pack, packed_attention
@@ -24,21 +25,6 @@ from packing import PackingError, model_inputs, pack, packed_attention
 CPU = torch.device("cpu")
 FP32 = dict(rtol=1e-5, atol=1e-5)
 FP32_GRADIENT = dict(rtol=1e-4, atol=1e-4)
-V = 120
-SHAPE = dict(
-    vocab_size=V,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-)
-CONFIGS = {
-    "qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**SHAPE, head_dim=32, tie_word_embeddings=False),
-    "llama": LlamaConfig(**SHAPE, tie_word_embeddings=False),
-}
 
 
 def make_model(

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from small_models import CONFIGS, V
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 import head_logprobs
 import packing
@@ -24,21 +25,6 @@ from policy import Batch, Policy, PolicyError, load_model
 
 BF16 = 0.02  # nats
 FP32 = dict(rtol=1e-5, atol=1e-5)
-V = 160
-SHAPE = dict(
-    vocab_size=V,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-)
-CONFIGS = {
-    "qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=True),
-    "qwen3": Qwen3Config(**SHAPE, head_dim=32, tie_word_embeddings=False),
-    "llama": LlamaConfig(**SHAPE, tie_word_embeddings=False),
-}
 
 
 def make_model(
