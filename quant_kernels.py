@@ -34,6 +34,7 @@ E4M3_MAX = tl.constexpr(formats.E4M3_MAX)
 INT8_MAX = tl.constexpr(formats.INT8_MAX)
 INF_BITS = tl.constexpr(0x7F80)  # bf16
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds a small fp32 to an integer, ties to even
+EXACT = {"enable_fp_fusion": False}  # a product and a sum made one would round once where vLLM rounds twice
 
 
 @triton.jit
@@ -349,7 +350,7 @@ class _Kernel(NamedTuple):
         if self.name != "rows":
             return 4
         lanes = self.rows * (self.columns + self.tail)
-        return min(max(triton.next_power_of_2(lanes) // 2048, 4), 16)
+        return min(max(triton.next_power_of_2(lanes) // 4096, 4), 16)
 
 
 class Sweep:
@@ -435,7 +436,7 @@ class Sweep:
     ) -> None:  # fmt: skip
         programs = max(0, triton.cdiv(stop - first, stride))
         table = (self._tiles, self._segments, flag, first, stride)
-        constants = {"ALIGNED": aligned, "CHECK": check, "num_warps": kernel.warps}
+        constants = {"ALIGNED": aligned, "CHECK": check, "num_warps": kernel.warps, **EXACT}
         if kernel.name == "flat":
             low, high = scales
             programs = max(programs, high - low)
