@@ -90,6 +90,8 @@ class Args:
     auto: from the memory plan."""
     max_num_seqs: int = 512
     """Sequences that the engine runs at once."""
+    memory_gib: float | None = None
+    """Plan for this much free memory on the GPU, and have no more: the rest is occupied. None: all that is free."""
     kv_cache_gib: float | None = None
     """Size of the KV cache, GiB. None: room for two steps' samples at full length, at most for max_num_seqs of them."""
 
@@ -121,11 +123,15 @@ class Args:
     micro_batch_tokens: int | None = None
     """Tokens in a forward and backward pass, at least one full sequence. None: from the memory plan, 16384 where there
     is room."""
+    optimizer_states: Literal["fp32", "bf16", "8bit"] = "fp32"
+    """AdamW's moments: 8, 4 or 2 bytes a parameter beside the fp32 master weight. 8bit needs torchao."""
     offload_optimizer: bool | None = None
     """fp32 master weights and AdamW's moments in pinned host memory, streamed through the GPU at each update. None:
     from the memory plan."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass: slower by a quarter, much less memory. None: from the memory plan."""
+    compile: bool | None = None
+    """torch.compile the policy's layers: a fifth faster and smaller, 10 s at the first step. None: on a GPU."""
 
     clip_low: float = 0.2
     """Lower clip range of the policy ratio."""
@@ -164,6 +170,10 @@ class Args:
     @property
     def max_model_len(self) -> int:
         return self.max_prompt_len + self.max_response_len
+
+    @property
+    def memory_bytes(self) -> int | None:
+        return None if self.memory_gib is None else int(self.memory_gib * 2**30)
 
     def resolved(self) -> "Args":
         """With every None that depends on the model filled in, and every value checked. Raises ConfigError."""
@@ -221,8 +231,14 @@ class Args:
                 f"--micro-batch-tokens {self.micro_batch_tokens} is less than one full sequence of --max-prompt-len "
                 f"{self.max_prompt_len} + --max-response-len {self.max_response_len} = {self.max_model_len} tokens"
             )
-        if self.kv_cache_gib is not None and not 0 < self.kv_cache_gib < math.inf:
-            raise ConfigError(f"--kv-cache-gib is {self.kv_cache_gib}; it must be greater than 0, and finite")
+        if self.offload_optimizer and self.optimizer_states == "8bit":
+            raise ConfigError(
+                "--optimizer-states 8bit stays on the GPU; with --offload-optimizer True use fp32 or bf16"
+            )
+        for name in ("memory_gib", "kv_cache_gib"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{_flag(name)} is {value}; it must be greater than 0, and finite")
 
 
 def _flag(name: str) -> str:

@@ -1,23 +1,26 @@
 """The memory plan: what each part of a run takes on the GPU, and whether the engine may stay while the policy trains.
 
-Everything is predicted before anything is allocated, from the model's config and the run's sizes. Estimates are rounded
-up; `python train.py` prints the table with the choice and its reason.
+Everything is predicted before anything is allocated, from the model's config and the run's sizes; `python train.py`
+prints the table with the choice and its reason, and after the first step what was really used.
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from optimizer import PIECE_ELEMENTS, SLOTS
+from head_logprobs import CHUNK_ELEMENTS
+from optimizer import PIECE_ELEMENTS, SLOTS, STATE_BYTES
 
 GIB = 2**30
-USABLE = 0.94  # of the free memory: the rest is for fragmentation and libraries' workspaces
+USABLE = 0.96  # of the free memory: the rest is for fragmentation
+HOST_USABLE = 0.85  # of the host's: the other processes of the run live there too
+LIBRARIES = int(0.6 * GIB)  # their handles, loaded kernels and workspaces
+GRAPHS = int(0.9 * GIB)  # the engine's CUDA graphs; they stay even while it sleeps
 MICRO_BATCH_CHOICES = (16384, 8192, 4096)  # tokens, in order of preference
 WEIGHT_AND_GRADIENT = 2 + 4  # bytes a parameter: bf16 weight, fp32 gradient
-SLOT_BYTES = SLOTS * 3 * 4 * PIECE_ELEMENTS  # of an offloaded optimizer, on the GPU
-MASTER_AND_MOMENTS = 4 + 8  # fp32 master, two fp32 Adam moments; in host memory if offloaded
 
 
 class MemoryPlanError(RuntimeError):
@@ -35,6 +38,9 @@ class ModelSizes:
     hidden: int
     intermediate: int
     vocab: int
+    query: int  # heads x head size
+    key: int  # key/value heads x head size
+    norms_of_heads: bool = False  # Qwen3's of q and k
 
 
 def model_sizes(config: Any, trust_remote_code: bool = False) -> ModelSizes:
@@ -54,7 +60,26 @@ def model_sizes(config: Any, trust_remote_code: bool = False) -> ModelSizes:
         hidden=config.hidden_size,
         intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         vocab=config.vocab_size,
+        query=config.num_attention_heads * head_dim,
+        key=kv_heads * head_dim,
+        norms_of_heads=any(n.endswith("q_norm.weight") for n, _ in model.named_parameters()),
     )
+
+
+def activation_bytes(s: ModelSizes, tokens: int, checkpointing: bool, compiled: bool) -> int:
+    """What the forward pass of a micro-batch keeps for its backward pass, and the head's part of that pass.
+
+    Of a layer and token, in bf16: compiled, its inputs, what goes into and comes out of attention, and gate, up and
+    their product; eager, each operation's own. Measured at the 1.5B shape (docs/results/step_h200.md).
+    """
+    norms = s.query + s.key if s.norms_of_heads else 0
+    if compiled:
+        layer = 4 * s.hidden + 2 * s.query + 2 * s.key + norms + 3 * s.intermediate
+    else:
+        layer = 7 * s.hidden + 3 * s.query + 3 * s.key + 2 * norms + 4 * s.intermediate
+    kept = s.layers * s.hidden + 2 * layer if checkpointing else s.layers * layer  # recomputed with its gradients
+    head = 2 * min(CHUNK_ELEMENTS, tokens * s.vocab) * 2 + 6 * s.vocab * s.hidden  # logits; the weight's gradient
+    return int(2 * tokens * kept + head)
 
 
 @dataclass(frozen=True)
@@ -71,28 +96,40 @@ class MemoryPlan:
     free: int = 0
     engine_weights: int = 0
     engine_workspace: int = 0  # while generating
-    engine_graphs: int = 0  # stay even while the engine sleeps
     training_state: int = 0
     training_peak: int = 0
+    host: int = 0
 
     @property
     def engine(self) -> int:
         """Bytes of the awake engine."""
-        return self.engine_weights + self.engine_graphs + self.engine_workspace + self.kv_cache
+        return self.engine_weights + GRAPHS + self.engine_workspace + self.kv_cache
+
+    def used(self, phase: str) -> int:
+        """Predicted bytes in use: "engine" built, "policy" and optimizer too, while in "rollout", while in "train"."""
+        state = self.training_state
+        return LIBRARIES + {
+            "engine": self.engine,
+            "policy": self.engine + state,
+            "rollout": self.engine + state,
+            "train": (self.engine if self.sleep_level == 0 else GRAPHS) + state + self.training_peak,
+        }[phase]  # fmt: skip
 
     def table(self) -> str:
         """The plan as text, in GiB."""
         rows = [
             ("engine weights", self.engine_weights),
-            ("engine CUDA graphs, workspace", self.engine_graphs + self.engine_workspace),
+            ("engine CUDA graphs, workspace, libraries", GRAPHS + self.engine_workspace + LIBRARIES),
             (f"KV cache (wanted {self.kv_wanted / GIB:.1f})", self.kv_cache),
             ("policy, gradients" + ("" if self.offload else ", master, Adam"), self.training_state),
             ("activations, logits while training", self.training_peak),
+            ("most in use: generating", self.used("rollout")),
+            ("             training", self.used("train")),
             ("free on the device", self.free),
         ]
-        lines = [f"  {name:<36}{size / GIB:8.1f} GiB" for name, size in rows]
+        lines = [f"  {name:<40}{size / GIB:8.1f} GiB" for name, size in rows]
         kept = "recomputed" if self.checkpointing else "kept"
-        where = ", master and Adam in host memory" if self.offload else ""
+        where = f", master and Adam in host memory ({self.host / GIB:.1f} GiB)" if self.offload else ""
         choice = (
             f"  activations {kept}{where}, {self.micro_batch_tokens} tokens a micro-batch; --sleep {self.sleep_level}"
         )
@@ -111,6 +148,9 @@ def plan_memory(
     offload: bool | None,
     sleep: str,
     kv_cache_gib: float | None = None,
+    compiled: bool = True,
+    optimizer_states: str = "fp32",
+    host_free: int | None = None,
 ) -> MemoryPlan:
     """Decide sleep level, activation checkpointing, micro-batch size and KV cache for `free` bytes, where the engine
     holds `one_byte_weights` of the parameters in an 8-bit format and the others in bf16.
@@ -118,53 +158,125 @@ def plan_memory(
     `micro_batch_tokens`, `checkpointing` and `offload` (master weights and moments in host memory) are chosen where
     they are None, `sleep` where it is "auto"; the first that fits is taken, in order of what it costs: smaller
     micro-batches, recomputed activations, an engine that sleeps at level 2 while the policy trains (the sync writes
-    every weight anyway), an offloaded optimizer. An engine that stays has a KV cache for `max_num_seqs` full sequences;
-    one that sleeps has what the training state leaves. Raises MemoryPlanError if nothing fits.
+    every weight anyway), an offloaded optimizer, for which the host must have room (`host_free`; None: not asked). An
+    engine that stays has a KV cache for `max_num_seqs` full sequences; one that sleeps has what the training state
+    leaves. Raises MemoryPlanError if nothing fits.
     """
     s = sizes
     usable = int(free * USABLE)
     weights = 2 * s.parameters - one_byte_weights
-    graphs = 2 * GIB
     workspace = 12 * max_num_seqs * s.vocab  # sampler: a few fp32 copies of the logits
     least = s.kv_bytes_per_token * (max_model_len + 16)
     wanted = least * max_num_seqs if kv_cache_gib is None else int(kv_cache_gib * GIB)
+    states = STATE_BYTES[optimizer_states]
 
     def try_plan(level: int, checkpoint: bool, tokens: int, on_host: bool) -> tuple[bool, MemoryPlan]:
-        state = WEIGHT_AND_GRADIENT * s.parameters + (SLOT_BYTES if on_host else MASTER_AND_MOMENTS * s.parameters)
-        block = tokens * (13 * s.hidden + 4.5 * s.intermediate) * 2  # what one layer keeps for backward
-        activations = int(tokens * s.layers * s.hidden * 2 + block if checkpoint else s.layers * block)
-        peak = activations + 5 * GIB + 4 * s.vocab * s.hidden  # logits by chunks, and the head's gradient
-        training = state + peak + graphs
-        awake = weights + graphs + workspace + (training - graphs if level == 0 else state)
-        kv = min(wanted, usable - awake)
-        enough = wanted if level == 0 and sleep == "auto" else least
-        fits = kv >= enough and training <= usable
+        slots = int(SLOTS * states * PIECE_ELEMENTS)
+        state = WEIGHT_AND_GRADIENT * s.parameters + (slots if on_host else int(states * s.parameters))
+        peak = activation_bytes(s, tokens, checkpoint, compiled)
+        others = (peak if level == 0 else 0) + LIBRARIES + weights + GRAPHS + workspace + state
+        kv = min(wanted, usable - others)
         if sleep != "auto":
             reason = "asked for"
         elif level == 0:
             reason = "engine, policy and optimizer fit together, so nothing sleeps"
         else:
+            short = others + peak + wanted - usable
             reason = (
-                f"they do not fit together ({(awake + peak + wanted - usable) / GIB:.1f} GiB short); the sync rewrites "
-                "every weight, so none is kept on the host"
+                f"they do not fit together ({short / GIB:.1f} GiB short); the sync rewrites every weight, so none is "
+                "kept on the host"
             )
-        return fits, MemoryPlan(
-            level, checkpoint, on_host, tokens, kv, reason, wanted, free, weights, workspace, graphs, state, peak
+        host = int(states * s.parameters) if on_host else 0
+        plan = MemoryPlan(
+            level, checkpoint, on_host, tokens, kv, reason, wanted, free, weights, workspace, state, peak, host
         )
+        enough = wanted if level == 0 and sleep == "auto" else least
+        fits = kv >= enough and plan.used("train") <= usable
+        return fits and (host_free is None or host <= HOST_USABLE * host_free), plan
 
     levels = (0, 2) if sleep == "auto" else (int(sleep),)
     checkpoints = (False, True) if checkpointing is None else (checkpointing,)
     choices = MICRO_BATCH_CHOICES if micro_batch_tokens is None else (micro_batch_tokens,)
     sizes_of_micro_batch = dict.fromkeys(max(tokens, max_model_len) for tokens in choices)  # at least one sequence
-    for on_host in (False, True) if offload is None else (offload,):
+    places = (False, True) if offload is None and optimizer_states != "8bit" else (bool(offload),)
+    for on_host in places:
         for level, checkpoint in itertools.product(levels, checkpoints):
             for tokens in sizes_of_micro_batch:
                 fits, plan = try_plan(level, checkpoint, tokens, on_host)
                 if fits:
                     return plan
+    short = max(plan.used("train") - usable, plan.used("rollout") - plan.kv_cache + least - usable)
+    lacking = f"{short / GIB:.1f} GiB short of {usable / GIB:.1f} GiB ({USABLE:.0%} of what is free)"
+    if plan.host and host_free is not None and plan.host > HOST_USABLE * host_free:
+        lacking = f"the optimizer wants {plan.host / GIB:.1f} GiB of host memory, {host_free / GIB:.1f} are available"
     raise MemoryPlanError(
-        f"this run does not fit on the GPU.\n{plan.table()}\n"
+        f"this run does not fit on the GPU: {lacking} even as follows.\n{plan.table()}\n"
         "What helps: a smaller --model; smaller --max-response-len, --max-num-seqs or --micro-batch-tokens; "
-        "--gradient-checkpointing True; --offload-optimizer True; --sleep 2; --kv-cache-gib left out; other programs "
-        "off the GPU"
+        "--gradient-checkpointing True; --offload-optimizer True; --optimizer-states 8bit; --sleep 2; --kv-cache-gib "
+        "left out; other programs off the GPU"
     )
+
+
+def host_memory() -> int:
+    """Bytes of the host's memory that this process may still take: what is available, or a container's limit leaves."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit.exists() and limit.read_text().strip() != "max":
+        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    return available
+
+
+@dataclass
+class MemoryLog:
+    """What a run really uses of the device, beside the plan; a GPU only.
+
+    Args:
+        plan: with its predictions.
+        limit: bytes that this run may have; what is free beyond that is occupied until the run ends, so that the run
+            has no more than a smaller card would give. None: no limit.
+    """
+
+    plan: MemoryPlan
+    limit: int | None = None
+    seen: dict[str, int] = field(default_factory=dict)  # phase -> bytes, the most
+
+    def __post_init__(self) -> None:
+        self._before = self.device_used()
+        free, _ = torch.cuda.mem_get_info()
+        surplus = 0 if self.limit is None else max(0, free - self.limit)
+        self._occupied = torch.empty(surplus, dtype=torch.uint8, device="cuda")
+
+    @property
+    def occupied(self) -> int:
+        return self._occupied.numel()
+
+    @staticmethod
+    def device_used() -> int:
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+
+    def mark(self, phase: str) -> None:
+        """Note what is in use now; what torch's allocator keeps for itself counts, so peaks are seen afterwards."""
+        self.seen[phase] = max(self.seen.get(phase, 0), self.device_used() - self._before - self.occupied)
+
+    def metrics(self) -> dict[str, float]:
+        """`memory/...` of the last step (docs/metrics.md)."""
+        most = max(("rollout", "train"), key=lambda phase: self.seen.get(phase, 0))
+        return {
+            "memory/used_peak_gib": self.seen[most] / GIB,
+            "memory/planned_peak_gib": max(self.plan.used(phase) for phase in ("rollout", "train")) / GIB,
+            "memory/torch_peak_gib": (torch.cuda.max_memory_allocated() - self.occupied) / GIB,
+        }
+
+    def table(self) -> str:
+        """Planned and used, in GiB."""
+        names = {"engine": "engine built", "policy": "policy and optimizer built", "rollout": "generating",
+                 "train": "training"}  # fmt: skip
+        lines = ["memory, GiB                     planned    used"]
+        for phase, used in self.seen.items():
+            planned = self.plan.used(phase)
+            lines.append(
+                f"  {names[phase]:<28}{planned / GIB:9.1f}{used / GIB:8.1f}   {(used - planned) / planned:+.0%}"
+            )
+        return "\n".join(lines)

@@ -10,7 +10,6 @@ lengths), on a CPU the exact attention of one sequence after the other.
 import heapq
 import inspect
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -112,7 +111,6 @@ def _exact(
     return out
 
 
-@cache
 def _varlen_attn() -> Any:
     try:
         from torch.nn.attention.varlen import varlen_attn

@@ -8,6 +8,7 @@ micro-batch they are autograd's own, in bf16. The optimizer is optimizer.py.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,8 @@ class Policy:
         max_grad_norm: global norm to clip to.
         temperature: divides the logits, as the sampler does.
         checkpointing: recompute activations in the backward pass.
+        compile: torch.compile of each decoder layer (GPU only: the CPU's attention is a loop).
+        optimizer_states: of AdamW's moments: fp32, bf16 or 8bit.
         offload_optimizer: fp32 masters and moments in host memory.
     """
 
@@ -112,6 +115,8 @@ class Policy:
         max_grad_norm: float = 1.0,
         temperature: float = 1.0,
         checkpointing: bool = False,
+        compile: bool = False,
+        optimizer_states: str = "fp32",
         offload_optimizer: bool = False,
     ):
         if model.config.model_type not in FAMILIES:
@@ -134,8 +139,13 @@ class Policy:
                 module.attention_dropout = 0.0
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if compile:  # layer by layer: one graph for all of them, seconds to compile
+            for layer in model.base_model.layers:
+                layer.compile(dynamic=True)
         self._weights = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = MasterAdamW(self._weights, weight_decay=weight_decay, betas=betas, offload=offload_optimizer)
+        self.optimizer = MasterAdamW(
+            self._weights, weight_decay=weight_decay, betas=betas, states=optimizer_states, offload=offload_optimizer
+        )
         for weight, grad in zip(self._weights, self.optimizer.grads, strict=True):
             weight.register_post_accumulate_grad_hook(_add_to(grad))
 
@@ -187,18 +197,30 @@ class Policy:
         norm = torch.nn.utils.get_total_norm(grads)
         applied = math.isfinite(float(norm))
         if applied:
-            torch._foreach_mul_(grads, torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0))
-            self.optimizer.step(self.current_lr())
+            scale = torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
+            self.optimizer.step(self.current_lr(), scale)
             self.updates += 1
         else:
+            torch._foreach_zero_(grads)
             self.skipped += 1
-        torch._foreach_zero_(grads)
         return float(norm), applied
 
-    def save(self, folder: Path, tokenizer: Any) -> None:
-        """Write the bf16 weights and the tokenizer in HF layout (safetensors), which vLLM and transformers open."""
-        self.model.save_pretrained(folder, safe_serialization=True)
-        tokenizer.save_pretrained(folder)
+    def snapshot(self, tokenizer: Any) -> Callable[[Path], None]:
+        """Copy the bf16 weights to the host; the function returned writes them and the tokenizer into a folder in HF
+        layout (safetensors), which vLLM and transformers open, while the policy may train on."""
+        copies: dict[tuple[int, torch.Size], torch.Tensor] = {}  # a tied head stays one tensor
+        state = {}
+        for name, tensor in self.model.state_dict().items():
+            key = (tensor.data_ptr(), tensor.shape)
+            if key not in copies:
+                copies[key] = tensor.detach().to("cpu", copy=True)
+            state[name] = copies[key]
+
+        def write(folder: Path) -> None:
+            self.model.save_pretrained(folder, state_dict=state, safe_serialization=True)
+            tokenizer.save_pretrained(folder)
+
+        return write
 
 
 def _add_to(total: torch.Tensor) -> Any:

@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,8 @@ class RunFolder:
             raise RunFolderError(f"{self.path} exists already; choose another --run-name (or none)") from error
         except OSError as error:
             raise RunFolderError(f"--runs-dir {runs_dir} cannot be written: {error}") from error
+        self._writer: threading.Thread | None = None
+        self._writer_error: RunFolderError | None = None
         _write_json(self.path / "config.json", config)
         _write_json(self.path / "env.json", _environment())
         self._wandb = _start_wandb(name, config, self.path) if use_wandb else None
@@ -53,11 +56,31 @@ class RunFolder:
         for sample in samples:
             self._append("samples.jsonl", sample)
 
-    def save_checkpoint(self, step: int, write: Callable[[Path], None]) -> Path:
-        """`checkpoints/step-N`, written aside and renamed, so that a half-written one never bears the name."""
+    def save_checkpoint(self, step: int, write: Callable[[Path], None], wait: bool = True) -> Path:
+        """`checkpoints/step-N`, written aside and renamed, so that a half-written one never bears the name.
+
+        Without `wait` a thread writes it while the run goes on; one at a time, and what goes wrong in it is raised by
+        the next call or by close().
+        """
+        self._join_writer()
         final = self.path / "checkpoints" / f"step-{step:06d}"
         if final.exists():
             return final
+        if wait:
+            self._write_checkpoint(final, write)
+            return final
+
+        def work() -> None:
+            try:
+                self._write_checkpoint(final, write)
+            except RunFolderError as error:
+                self._writer_error = error
+
+        self._writer = threading.Thread(target=work, name="checkpoint")
+        self._writer.start()
+        return final
+
+    def _write_checkpoint(self, final: Path, write: Callable[[Path], None]) -> None:
         aside = final.with_name(final.name + ".tmp")
         shutil.rmtree(aside, ignore_errors=True)
         try:
@@ -69,9 +92,16 @@ class RunFolder:
             if isinstance(error, KeyboardInterrupt):
                 raise
             raise RunFolderError(f"the checkpoint {final} could not be written: {error}") from error
-        return final
+
+    def _join_writer(self) -> None:
+        if self._writer is not None:
+            self._writer.join()
+        error, self._writer, self._writer_error = self._writer_error, None, None
+        if error is not None:
+            raise error
 
     def close(self) -> None:
+        self._join_writer()
         if self._wandb is not None:
             self._wandb.finish()
 

@@ -37,7 +37,17 @@ from loss import (
     policy_loss,
     soft_overlong_penalty,
 )
-from memory import GIB, MICRO_BATCH_CHOICES, MemoryPlan, MemoryPlanError, model_sizes, plan_memory
+from memory import (
+    GIB,
+    MICRO_BATCH_CHOICES,
+    MemoryLog,
+    MemoryPlan,
+    MemoryPlanError,
+    host_memory,
+    model_sizes,
+    plan_memory,
+)
+from optimizer import OptimizerError
 from packing import PackingError
 from policy import Batch, Policy, PolicyError, load_model
 from quant_sync import SyncError, SyncPlan
@@ -57,20 +67,21 @@ def train(args: Args) -> Path:
     check_platform(args.rollout_quant, args.kv_cache_dtype)
     config, tokenizer = load_config(args)
     args, memory, skip = plan_device(args, config)
-    engine, policy, plan, stream, held_out, rewards = build(args, memory, skip, tokenizer)
+    used = MemoryLog(memory, args.memory_bytes) if torch.cuda.is_available() else None
+    engine, policy, plan, stream, held_out, rewards = build(args, memory, skip, tokenizer, used)
     run = RunFolder(args.runs_dir, run_name, config_of(args), args.wandb)
     print(f"run folder {run.path}", flush=True)
 
-    def save(step: int) -> Path:
-        return run.save_checkpoint(step, lambda folder: policy.save(folder, tokenizer))
+    def save(step: int, wait: bool = True) -> Path:
+        return run.save_checkpoint(step, policy.snapshot(tokenizer), wait)
 
     done, expected_share = 0, 1.0
     with rewards, stop.watching(), saved_on_failure(lambda: save(done) if done else None):
         sync_weights(engine, plan, 0, Clock(), full_verify=True)
         accuracy = evaluate(engine, held_out, rewards, args, run, 0)
         progress = tqdm(total=args.steps, desc="train", unit="step", disable=not sys.stderr.isatty())
+        clock = Clock()
         for step in range(1, args.steps + 1):
-            clock = Clock()
             with clock("rollout"):
                 engine.wake("kv_cache")
                 groups, metrics = sample_groups(
@@ -80,34 +91,44 @@ def train(args: Args) -> Path:
                 )  # fmt: skip
             if stop.requested:
                 break
+            if used is not None and step == 1:
+                used.mark("rollout")
             if args.dynamic_sampling:  # the next step draws for a share a tenth below this one's
                 expected_share = 0.9 * metrics["sampling/groups_mixed"] / metrics["sampling/groups_drawn"]
             with clock("sleep"):
                 engine.sleep()
             with clock("train"):
-                metrics |= train_step(policy, groups, args)
+                metrics |= train_step(policy, groups, args, clock)
             done = step
+            if used is not None:
+                used.mark("train")
             with clock("wake"):
                 engine.wake("weights")
             sync_weights(engine, plan, step, clock)
+            last = step == args.steps
+            if held_out and not stop.requested and (step % args.eval_every == 0 or last):
+                with clock("eval"):
+                    engine.wake("kv_cache")
+                    accuracy = evaluate(engine, held_out, rewards, args, run, step)
+                metrics["eval/accuracy"] = accuracy
             metrics |= clock.metrics() | {
                 "reward/errors": rewards.errors,
                 "reward/timeouts": rewards.timeouts,
                 "policy/version": engine.version,
             }
-            metrics |= speed_metrics(metrics, policy.device)
-            last = step == args.steps
-            if held_out and not stop.requested and (step % args.eval_every == 0 or last):
-                engine.wake("kv_cache")
-                accuracy = evaluate(engine, held_out, rewards, args, run, step)
-                metrics["eval/accuracy"] = accuracy
-            run.log({"step": step} | metrics)
-            run.log_samples([sample_record(step, g, i) for g in groups for i in range(2)][: args.log_samples])
-            progress.update()
-            tqdm.write(step_line(step, args.steps, metrics, accuracy), file=sys.stdout)
-            sys.stdout.flush()
+            metrics |= speed_metrics(metrics, used)
+            clock = Clock()  # of the next step: writing this one's results down is part of it
+            with clock("log"):
+                run.log({"step": step} | metrics)
+                run.log_samples([sample_record(step, g, i) for g in groups for i in range(2)][: args.log_samples])
+                progress.update()
+                tqdm.write(step_line(step, args.steps, metrics, accuracy), file=sys.stdout)
+                if used is not None and step == 1:
+                    tqdm.write(used.table(), file=sys.stdout)
+                sys.stdout.flush()
             if args.save_every and step % args.save_every == 0 and not last:
-                save(step)
+                with clock("save"):
+                    save(step, wait=False)
             if stop.requested:
                 break
         progress.close()
@@ -136,24 +157,27 @@ def saved_on_failure(save: Callable[[], Path | None]) -> Iterator[None]:
         raise
 
 
-def train_step(policy: Policy, groups: list[Group], args: Args) -> dict[str, float]:
+def train_step(policy: Policy, groups: list[Group], args: Args, clock: Clock | None = None) -> dict[str, float]:
     """One batch of groups through `updates_per_batch` updates; the step's metrics. No group, no update."""
+    clock = clock or Clock()
     if not groups:
         print("step skipped: no group with mixed rewards was drawn; see docs/metrics.md, sampling/", flush=True)
         return {"train/updates_applied": 0, "train/skipped_total": policy.skipped}
-    batch, metrics = build_batch(groups, args, policy.device)
+    with clock("pack"):
+        batch, metrics = build_batch(groups, args, policy.device)
     if args.updates_per_batch > 1:
         batch.old_logprobs = policy.compute_logprobs(batch, args.micro_batch_tokens)
     sums: dict[str, torch.Tensor] = {}
     norms, losses, applied = [], [], 0
     for rows in split_groups(len(groups), args.samples_per_prompt, args.updates_per_batch):
-        mini = batch.select(rows)
-        total_tokens = int(mini.mask.sum())
+        with clock("pack"):
+            mini = batch.select(rows)
+            total_tokens = int(mini.mask.sum())
+            micro_batches = [mini.select(chosen) for chosen in mini.micro_batches(args.micro_batch_tokens)]
         if total_tokens == 0:
             continue  # every token was filtered out: there is no gradient, and nothing to divide by
         loss_sum = torch.zeros((), device=policy.device)
-        for micro_rows in mini.micro_batches(args.micro_batch_tokens):
-            micro = mini.select(micro_rows)
+        for micro in micro_batches:
             logprobs, entropy = policy.logprobs(micro)
             # One update per batch: the weights are still the step's, so old log-probs are the policy's own.
             old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
@@ -204,7 +228,7 @@ def sync_weights(engine: Engine, plan: SyncPlan, version: int, clock: Clock, ful
 
 
 def build(
-    args: Args, memory: MemoryPlan, skip: list[str], tokenizer: Any
+    args: Args, memory: MemoryPlan, skip: list[str], tokenizer: Any, used: MemoryLog | None
 ) -> tuple[Engine, Policy, SyncPlan, PromptStream, list[Prompt], RewardPool]:
     """Everything the loop needs; data and rewards are checked before anything large is allocated."""
     from transformers import set_seed
@@ -234,6 +258,8 @@ def build(
         trust_remote_code=args.trust_remote_code,
     )
     engine_ready = time.perf_counter()
+    if used is not None:
+        used.mark("engine")
     model = load_model(args.model, device, args.trust_remote_code)
     plan = SyncPlan.build(model, engine.model)
     plan.check_formats(args.rollout_quant, skip)
@@ -250,12 +276,16 @@ def build(
             max_grad_norm=args.max_grad_norm,
             temperature=args.temperature,
             checkpointing=bool(args.gradient_checkpointing),
+            compile=bool(args.compile),
+            optimizer_states=args.optimizer_states,
             offload_optimizer=bool(args.offload_optimizer),
         )
     except torch.OutOfMemoryError as error:
         raise MemoryPlanError(
             f"the policy and its optimizer do not fit beside the engine: {error}\n{memory.table()}"
         ) from error
+    if used is not None:
+        used.mark("policy")
     formats = ", ".join(f"{n} {name}" for name, n in plan.formats().items())
     print(f"sync plan: {formats} parameters; {plan.bytes_written / 2**20:.0f} MiB in the engine", flush=True)
     print(
@@ -305,11 +335,12 @@ def plan_device(args: Args, config: Any) -> tuple[Args, MemoryPlan, list[str]]:
     if args.kv_cache_dtype == "fp8":
         sizes = dataclasses.replace(sizes, kv_bytes_per_token=sizes.kv_bytes_per_token // 2)
     sequences = min(args.max_num_seqs, 2 * args.samples_per_step)  # dynamic sampling draws about twice what it keeps
+    compiled = torch.cuda.is_available() if args.compile is None else args.compile
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         plan = plan_memory(
             sizes,
-            free=free,
+            free=free if args.memory_bytes is None else min(free, args.memory_bytes),
             one_byte_weights=sum(quantized),
             max_model_len=args.max_model_len,
             max_num_seqs=sequences,
@@ -318,6 +349,9 @@ def plan_device(args: Args, config: Any) -> tuple[Args, MemoryPlan, list[str]]:
             offload=args.offload_optimizer,
             sleep=args.sleep,
             kv_cache_gib=args.kv_cache_gib,
+            compiled=compiled,
+            optimizer_states=args.optimizer_states,
+            host_free=host_memory(),
         )
         print(f"{torch.cuda.get_device_name()}\n{plan.table()}", flush=True)
     else:
@@ -338,6 +372,7 @@ def plan_device(args: Args, config: Any) -> tuple[Args, MemoryPlan, list[str]]:
         "micro_batch_tokens": plan.micro_batch_tokens,
         "gradient_checkpointing": plan.checkpointing,
         "offload_optimizer": plan.offload,
+        "compile": compiled,
     }
     return dataclasses.replace(args, **chosen), plan, skip
 
@@ -408,21 +443,16 @@ def sample_record(step: int, group: Group, i: int) -> dict[str, Any]:
     }
 
 
-def speed_metrics(metrics: dict[str, float], device: torch.device) -> dict[str, float]:
-    """Rates of the step, and on a GPU the memory in use."""
+def speed_metrics(metrics: dict[str, float], used: MemoryLog | None) -> dict[str, float]:
+    """Rates of the step, the share of it that neither sampled nor trained, and on a GPU the memory in use."""
     generating = max(metrics["time/rollout"] - metrics["time/score"], 1e-9)
-    trained, seconds = metrics.get("train/tokens", 0), max(metrics["time/train"], 1e-9)
-    speed = {
+    training = max(metrics["time/train"] - metrics.get("time/pack", 0.0), 1e-9)
+    step = metrics["time/step"] - metrics.get("time/eval", 0.0)
+    return {
         "speed/rollout_tokens_per_s": metrics["response/tokens"] / generating,
-        "speed/train_tokens_per_s": trained / seconds,
-    }
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        speed |= {
-            "memory/torch_peak_gib": torch.cuda.max_memory_allocated() / GIB,
-            "memory/device_used_gib": (total - free) / GIB,
-        }
-    return speed
+        "speed/train_tokens_per_s": metrics.get("train/tokens", 0) / training,
+        "speed/overhead_share": 1.0 - (generating + training) / step,
+    } | ({} if used is None else used.metrics())
 
 
 def step_line(step: int, steps: int, metrics: dict[str, float], accuracy: float) -> str:
@@ -446,6 +476,7 @@ ERRORS = (
     DataError,
     EngineError,
     MemoryPlanError,
+    OptimizerError,
     PackingError,
     PolicyError,
     RewardError,

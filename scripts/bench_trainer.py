@@ -99,6 +99,10 @@ def main() -> None:
     parser.add_argument("--full-length", action="store_true", help="every response has the full length")
     parser.add_argument("--micro-batch-tokens", type=int, default=16384)
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="torch.compile each layer, train.py's default on a GPU")
+    parser.add_argument(
+        "--liger", action="store_true", help="Liger's kernels for norms, SwiGLU and RoPE (liger-kernel)"
+    )
     parser.add_argument("--padded", action="store_true", help="rows padded to their micro-batch's longest")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--peak-tflops", type=float, default=790.0)
@@ -110,7 +114,11 @@ def main() -> None:
     tiny = args.shape == "tiny"
     model = load_model(str(TOKENIZER), device) if tiny else random_model(args.shape, str(device))
     model.set_attn_implementation(packing.ATTENTION)
-    policy = Policy(model, lr=1e-6, checkpointing=args.gradient_checkpointing)
+    if args.liger:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=False)
+    policy = Policy(model, lr=1e-6, checkpointing=args.gradient_checkpointing, compile=args.compile)
     batch = draw_batch(args, model.config.vocab_size, device)
     budget = args.micro_batch_tokens
     rows = padded_micro_batches(batch, budget) if args.padded else batch.micro_batches(budget)

@@ -4,8 +4,11 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/install.sh
 # The GPU's kernels are tested in Triton's interpreter and compiler; without a GPU nothing else wants it (0.6 GB).
-.venv/bin/python -c 'import triton' 2>/dev/null ||
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.6.0
+# torchao is for --optimizer-states 8bit alone.
+for package in triton==3.6.0 torchao==0.18.0; do
+  .venv/bin/python -c "import importlib.util as u, sys; sys.exit(u.find_spec('${package%%=*}') is None)" ||
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "$package"
+done
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 exec .venv/bin/python -m pytest "$@"

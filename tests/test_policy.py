@@ -102,7 +102,7 @@ def accumulate(policy: Policy, value: float = 1.0) -> None:
 
 def snapshot(policy: Policy) -> list[torch.Tensor]:
     """Copies of weights, masters and optimizer state."""
-    states = [t for states in policy.optimizer._states for t in states]
+    states = [*policy.optimizer.masters, *(t for pair in policy.optimizer._moments for t in pair)]
     return [t.detach().clone() for t in (*policy._weights, *states)]
 
 
@@ -457,12 +457,12 @@ def test_clipping_by_hand():
     policy.optimizer.grads[1].fill_(4.0)
     norm, _ = policy.update()
     assert norm == pytest.approx(5.0), "the norm is reported before clipping"
-    moments = [float(first) for _, first, _ in policy.optimizer._states]
+    moments = [float(first) for first, _ in policy.optimizer._moments]
     assert moments == pytest.approx([0.1 * 0.6, 0.1 * 0.8], rel=1e-4)
     below = Policy(SimpleModel(torch.zeros(1, 1)), lr=0.1, max_grad_norm=1.0)
     below.optimizer.grads[0].fill_(0.25)
     below.update()
-    assert float(below.optimizer._states[0][1]) == pytest.approx(0.1 * 0.25, rel=1e-4)
+    assert float(below.optimizer._moments[0][0]) == pytest.approx(0.1 * 0.25, rel=1e-4)
 
 
 def test_an_update_raises_the_log_prob_of_what_was_rewarded():
@@ -490,7 +490,7 @@ def test_a_saved_policy_opens_with_the_same_weights(family, tmp_path):
     policy, batch = make_policy(family, torch.bfloat16, lr=0.01, checkpointing=True), make_batch(RAGGED)
     backward(policy, batch)
     policy.update()
-    policy.save(tmp_path, NoTokenizer())
+    policy.snapshot(NoTokenizer())(tmp_path)
     assert (tmp_path / "tokenizer.json").exists()
     opened = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").state_dict()
     state = policy.model.state_dict()

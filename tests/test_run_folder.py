@@ -6,6 +6,7 @@ import runtime  # noqa: F401  (first: it sets what torch reads at import)
 import json
 import math
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -178,6 +179,35 @@ def test_a_second_save_of_a_step_does_not_rewrite(run):
     assert run.save_checkpoint(7, never) == first
     assert (first / "model.safetensors").read_text() == "first"
     assert (first / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_a_checkpoint_is_written_while_the_run_goes_on(run):
+    going, finish = threading.Event(), threading.Event()
+
+    def slow(folder: Path) -> None:
+        (folder / "model.safetensors").write_text("seven")
+        going.set()
+        assert finish.wait(10)
+
+    path = run.save_checkpoint(7, slow, wait=False)
+    assert going.wait(10) and not path.exists(), "half-written, it does not bear the name"
+    finish.set()
+    run.save_checkpoint(8, write_weights("eight"))  # waits for the one before
+    assert names(run) == ["step-000007", "step-000008"]
+    assert (path / "model.safetensors").read_text() == "seven"
+
+
+@pytest.mark.parametrize("then", ["save", "close"])
+def test_a_failure_of_the_writing_thread_is_raised_once_by_what_comes_next(run, then):
+    def full(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    run.save_checkpoint(7, full, wait=False)
+    with pytest.raises(RunFolderError, match=r"step-000007.*No space left"):
+        run.save_checkpoint(8, write_weights("eight")) if then == "save" else run.close()
+    run.save_checkpoint(8, write_weights("eight"))
+    run.close()
+    assert names(run) == ["step-000008"]
 
 
 def test_what_an_interrupted_save_left_is_cleared_by_the_next(run):
