@@ -8,7 +8,7 @@ over the full vocabulary (top-p 1, no top-k): the true log mu(a) of the distribu
 truncates the distribution would bias pi/mu and is refused by the flags.
 
 vLLM's cost per token is Python, not the GPU, for small models; so it makes no text (one batch decode at the end), its
-log-probs come as flat lists, and the garbage collector rests while it generates.
+log-probs come as flat lists, the garbage collector rests while it generates, and fast_scheduler.py shortens its steps.
 """
 
 import contextlib
@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+
+from fast_scheduler import QUALNAME, FastPath, scheduler_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,6 +87,7 @@ class Engine:
         kv_cache_bytes: size of the KV cache.
         sleep_level: 0 stay resident, 1 weights to the host, 2 drop the weights (the sync writes them anyway).
         memory_fraction: share of the device that must be free at start (vLLM checks it); GPU only.
+        fast_scheduler: vLLM's scheduler with fast_scheduler.py's short ways, where this vLLM is one that it knows.
 
     Raises EngineError if vLLM, the GPU's FP8 or the memory is missing.
     """
@@ -105,6 +108,7 @@ class Engine:
         temperature: float = 1.0,
         seed: int = 0,
         trust_remote_code: bool = False,
+        fast_scheduler: bool = True,
     ):
         on_gpu = check_platform(quant, kv_cache_dtype)
         import vllm
@@ -145,6 +149,7 @@ class Engine:
                 trust_remote_code=trust_remote_code,
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
+                **({"scheduler_cls": QUALNAME} if fast_scheduler else {}),
             )
         except (OSError, ValueError, RuntimeError) as error:  # torch's out-of-memory error is a RuntimeError
             raise EngineError(
@@ -153,6 +158,10 @@ class Engine:
             ) from error
         finally:
             torch.random.set_rng_state(state)  # LLM() seeds torch globally
+        scheduler = scheduler_of(self.llm)
+        self._kept_logprobs: dict[str, list[float]] | None = None  # request id -> log-probs; None: vLLM hands them out
+        if isinstance(scheduler, FastPath):
+            scheduler.keeps_logprobs, self._kept_logprobs = True, scheduler.logprobs
         self.model: torch.nn.Module = self.llm.apply_model(lambda module: module)[0]
         _settle_kv_scales(self.model)
         self._others = self._save_others() if sleep_level == 2 else {}
@@ -278,13 +287,25 @@ class Engine:
                     if not output.finished:
                         continue
                     i = index[output.request_id]
-                    groups[i] = [_read_sample(out, greedy) for out in output.outputs]
+                    groups[i] = [self._read_sample(out, names[i], n, greedy) for out in output.outputs]
                     if on_finished is not None:
                         self._decode(groups[i])
                         on_finished(i, groups[i])
         if on_finished is None:
             self._decode([s for group in groups for s in group])
         return groups
+
+    def _read_sample(self, output: Any, name: str, n: int, greedy: bool) -> Sample:
+        tokens, logprobs = list(output.token_ids), []
+        if not greedy and self._kept_logprobs is not None:  # vLLM puts the sample's index before its request's name
+            logprobs = self._kept_logprobs.pop(f"{output.index}_{name}" if n > 1 else name, [])
+        elif not greedy:
+            logprobs = list(output.logprobs.logprobs)
+        if not greedy and len(logprobs) != len(tokens):
+            raise EngineError(
+                f"vLLM gave {len(logprobs)} log-probs for {len(tokens)} tokens; this version is not supported"
+            )
+        return Sample(tokens, logprobs, output.finish_reason, "")
 
     def _decode(self, samples: list[Sample]) -> None:
         if self._tokenizer is not None:
@@ -319,16 +340,6 @@ def _settle_kv_scales(model: torch.nn.Module) -> None:
                 host = getattr(module, f"_{kind}_scale_cpu", None)
                 if host is not None:
                     host.fill_(1.0)
-
-
-def _read_sample(output: Any, greedy: bool) -> Sample:
-    tokens = list(output.token_ids)
-    logprobs = [] if greedy else list(output.logprobs.logprobs)
-    if not greedy and len(logprobs) != len(tokens):
-        raise EngineError(
-            f"vLLM gave {len(logprobs)} log-probs for {len(tokens)} tokens; this version is not supported"
-        )
-    return Sample(tokens, logprobs, output.finish_reason, "")
 
 
 def sample_groups(

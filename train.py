@@ -256,6 +256,7 @@ def build(
         temperature=args.temperature,
         seed=args.seed,
         trust_remote_code=args.trust_remote_code,
+        fast_scheduler=args.fast_scheduler,
     )
     engine_ready = time.perf_counter()
     if used is not None:
