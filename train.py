@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from config import Args, ConfigError
 from data import DataError, Prompt, PromptStream, encode_prompts, load_data
+from engine_options import EngineError, check_platform, skipped_layers
 from loop_control import Clock, StopRequest
 from loss import (
     finite_mask,
@@ -53,7 +54,7 @@ from policy import Batch, Policy, PolicyError, load_model
 from quant_sync import SyncError, SyncPlan
 from reward_pool import RewardPool
 from rewards import RewardError
-from rollout import Engine, EngineError, Group, check_platform, sample_groups, skipped_layers
+from rollout import Engine, Group, sample_groups
 from run_folder import RunFolder, RunFolderError, check_free, default_run_name
 
 # ---- the loop

@@ -29,11 +29,12 @@ import torch
 
 from config import TINY_MODEL
 from data import encode_prompts, load_data
+from engine_options import QUANTIZATION
 from loss import mismatch_metrics, mismatch_sums
 from policy import Batch, Policy, load_model
 from quant_formats import BLOCK, FP8_BLOCK
 from quant_sync import Row, SyncPlan
-from rollout import QUANTIZATION, Engine
+from rollout import Engine
 
 FORMATS = [*QUANTIZATION, *(f"{q}+kv8" for q in QUANTIZATION)]
 SHOWN = ("mismatch/abs_dlogp_mean", "mismatch/kl_k3", "mismatch/ess")

@@ -48,7 +48,7 @@ import torch
 from make_random_model import SHAPES, TOKENIZER, save_config
 
 import fast_scheduler
-from rollout import QUANTIZATION, check_platform, quantization_options
+from engine_options import QUANTIZATION, check_platform, quantization_options
 from rollout import _no_garbage_collection as no_garbage_collection
 
 HEAD = "| scheduler | calls | tokens/s | gain | seconds | schedule, us | update | outputs |"

@@ -25,8 +25,9 @@ from collections.abc import Callable
 import torch
 from make_random_model import SHAPES, random_weights, save_config
 
+from engine_options import QUANTIZATION
 from quant_sync import SyncPlan
-from rollout import QUANTIZATION, Engine
+from rollout import Engine
 
 
 class Stopwatch:

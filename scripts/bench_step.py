@@ -47,7 +47,7 @@ from make_random_model import SHAPES, TOKENIZER
 
 from config import TINY_MODEL
 from data import DataError, encode_prompts, load_data
-from rollout import QUANTIZATION
+from engine_options import QUANTIZATION
 
 ROOT = Path(__file__).resolve().parent.parent
 COIN = f"{ROOT / 'scripts' / 'make_random_model.py'}:coin"

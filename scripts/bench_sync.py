@@ -39,8 +39,8 @@ import torch
 from make_random_model import SHAPES, TOKENIZER, random_weights, save_config
 
 import quant_formats as formats
+from engine_options import QUANTIZATION, check_platform, quantization_options
 from quant_sync import SyncPlan
-from rollout import QUANTIZATION, check_platform, quantization_options
 
 POISON = 0x7F  # NaN in float8_e4m3fn; 0x7F7F is 3.4e38 in bf16
 HEAD = "| shape | format | GB | ours | +verify | eager | vLLM reload | loop | torch | floor | of copy | different |"

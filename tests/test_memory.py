@@ -3,6 +3,8 @@
 import runtime  # noqa: F401  (first: it sets what torch reads at import)
 
 # isort: split
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
@@ -292,5 +294,6 @@ def test_a_plan_that_does_not_fit_says_by_how_much(sizes):
 
 
 def test_the_hosts_memory_is_what_the_system_says():
-    total = next(int(x.split()[1]) for x in open("/proc/meminfo") if x.startswith("MemTotal")) * 1024
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    total = next(int(line.split()[1]) for line in lines if line.startswith("MemTotal")) * 1024
     assert 2**28 < host_memory() < total

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import engine_options
 import rollout
 from data import Example, Prompt
 from quant_sync import SyncPlan
@@ -453,17 +454,17 @@ def test_fp8_on_a_gpu_without_it_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     with pytest.raises(rollout.EngineError, match=r"A100 has 8\.0\. Use --rollout-quant none"):
-        rollout.check_platform("fp8")
-    assert rollout.check_platform("none") is True
+        engine_options.check_platform("fp8")
+    assert engine_options.check_platform("none") is True
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
-    assert rollout.check_platform("fp8") is True
+    assert engine_options.check_platform("fp8") is True
 
 
 def test_a_gpu_build_without_a_gpu_is_refused(monkeypatch):
     monkeypatch.setattr("vllm.platforms.current_platform", _Platform(cpu=False))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(rollout.EngineError, match=r"requirements-cpu\.txt"):
-        rollout.check_platform("none")
+        engine_options.check_platform("none")
 
 
 @pytest.mark.parametrize("quant", ["fp8", "none"])

@@ -15,8 +15,8 @@ from transformers import AutoConfig
 import rollout
 import train
 from config import Args
+from engine_options import EngineError, check_platform, skipped_layers
 from quant_sync import VERIFY_EVERY, SyncError, SyncPlan
-from rollout import EngineError, check_platform, skipped_layers
 
 TINY_ADDER = Path(__file__).resolve().parent.parent / "assets" / "tiny-adder"
 needs_tiny_model = pytest.mark.skipif(not TINY_ADDER.is_dir(), reason="assets/tiny-adder is missing")
