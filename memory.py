@@ -279,4 +279,6 @@ class MemoryLog:
             lines.append(
                 f"  {names[phase]:<28}{planned / GIB:9.1f}{used / GIB:8.1f}   {(used - planned) / planned:+.0%}"
             )
+        unused = torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated()
+        lines.append(f"  kept by torch's allocator beyond its peak {max(0, unused) / GIB:14.1f}")
         return "\n".join(lines)

@@ -68,8 +68,10 @@ class Batch:
         )
 
     def micro_batches(self, max_tokens: int) -> list[list[int]]:
-        """Rows of each micro-batch: at most `max_tokens` tokens, prompts included, and of nearly equal size."""
-        return pack([len(p) + len(r) for p, r in zip(self.prompt_ids, self.response_ids, strict=True)], max_tokens)
+        """Rows of each micro-batch: at most `max_tokens` tokens, prompts included, and of nearly equal size. The
+        largest comes first: the others fit into the memory that it leaves to torch's allocator."""
+        lengths = [len(p) + len(r) for p, r in zip(self.prompt_ids, self.response_ids, strict=True)]
+        return sorted(pack(lengths, max_tokens), key=lambda rows: -sum(lengths[i] for i in rows))
 
 
 def load_model(model: str, device: torch.device, trust_remote_code: bool = False) -> torch.nn.Module:
