@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from corrections import CORRECTIONS, Correction
+from loss import ADVANTAGES, REDUCTIONS
+
 TINY_MODEL = str(Path(__file__).resolve().parent / "assets" / "tiny-adder")
 
 # Flags left at None take these values: the built-in model wants other sizes than a real one.
@@ -39,6 +42,9 @@ POSITIVE = ("steps", "prompts_per_step", "max_prompt_len", "max_response_len", "
             "reward_workers", "reward_time_limit")  # fmt: skip
 AT_LEAST_ZERO = ("eval_size", "eval_every", "save_every", "warmup_steps", "weight_decay", "clip_low",
                  "log_samples", "overlong_buffer", "seed")  # fmt: skip
+
+
+DEFAULT_TIS_CAP = 2.0
 
 
 class ConfigError(ValueError):
@@ -77,8 +83,16 @@ class Args:
     to which vLLM itself does not quantize."""
     kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     """The sampler's KV cache: bf16 (auto), or fp8, which holds twice the tokens. GPU only."""
-    tis_cap: float | None = 2.0
+    tis_cap: float | None = DEFAULT_TIS_CAP
     """Truncated importance sampling: weights pi_old/mu are cut at this value. inf never cuts, None turns them off."""
+    correction: Literal[
+        "none", "token-tis", "sequence-tis", "token-is", "token-mask", "sequence-mask", "geometric-mask", "ppo-is"
+    ] = "token-tis"
+    """How the loss corrects the gap between sampler and trainer (corrections.py); --tis-cap is for the two with tis."""
+    mask_low: float | None = None
+    """Lower end of the band of a mask. None: 0.5 for token-mask, 0 for sequence-mask, 0.98 for geometric-mask."""
+    mask_high: float | None = None
+    """Upper end of it. None: 5, 3 and 1.02."""
     temperature: float = 1.0
     """Sampling temperature; the trainer divides its logits by it too."""
     top_p: float = 1.0
@@ -142,8 +156,12 @@ class Args:
     """Upper clip range (DAPO's clip-higher)."""
     dual_clip: float | None = None
     """Dual clip constant c > 1 for negative advantages, e.g. 10. None: off."""
-    advantage_std: bool = True
-    """Divide advantages by the group's standard deviation (GRPO); off is Dr.GRPO."""
+    advantage: Literal["grpo", "dr-grpo", "rloo"] = "grpo"
+    """A response's reward against its group: grpo divides by the standard deviation, dr-grpo does not, rloo leaves the
+    response out of its own baseline."""
+    loss_reduction: Literal["token-mean", "sequence-mean", "prompt-mean", "dr-grpo"] = "token-mean"
+    """What counts the same in an update: every token (DAPO), response (GRPO) or prompt; dr-grpo divides by
+    --max-response-len."""
     overlong_filter: bool = False
     """Leave responses that were cut at the limit out of the loss."""
     overlong_buffer: int = 0
@@ -173,6 +191,15 @@ class Args:
     @property
     def max_model_len(self) -> int:
         return self.max_prompt_len + self.max_response_len
+
+    @property
+    def gap_correction(self) -> Correction:
+        """--correction with its thresholds; --tis-cap None turns a capped one off. Raises ValueError."""
+        capped = self.correction in CORRECTIONS and CORRECTIONS[self.correction].cap
+        if capped and self.tis_cap is None:
+            return Correction("none", None, self.mask_low, self.mask_high)
+        cap = self.tis_cap if capped or self.tis_cap != DEFAULT_TIS_CAP else None
+        return Correction(self.correction, cap, self.mask_low, self.mask_high)
 
     @property
     def memory_bytes(self) -> int | None:
@@ -214,6 +241,15 @@ class Args:
             raise ConfigError(
                 f"--tis-cap is {self.tis_cap}; it must be greater than 0 (inf never cuts, None turns it off)"
             )
+        try:
+            _ = self.gap_correction
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        for flag, value, known in (
+            ("--advantage", self.advantage, ADVANTAGES), ("--loss-reduction", self.loss_reduction, REDUCTIONS)
+        ):  # fmt: skip
+            if value not in known:
+                raise ConfigError(f"{flag} {value} is not known; there are {', '.join(known)}")
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ConfigError(f"--dual-clip is {self.dual_clip}; it must be greater than 1 (None turns it off)")
         if not self.clip_high >= 0:

@@ -9,18 +9,25 @@ sampled token that is trained on; what a masked-out token holds (NaN and inf inc
 
 The loss of a step, summed over its micro-batches (no KL term):
 
-    sum over mask of  min(pi_old/mu, C) * clip_loss(pi_theta/pi_old, A)   /   the step's GLOBAL token count
+    sum over mask of  min(pi_old/mu, C) * clip_loss(pi_theta/pi_old, A)   /   the update's GLOBAL token count
+
+with other weights by corrections.py, other denominators by `loss_denominators`.
 
 Statistics leave here as sums, counts and maxima, so that micro-batches and ranks add up exactly (`merge_sums`).
 Nothing here reads a config, does I/O or writes into its inputs.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-LOG_RATIO_LIMIT = 20.0  # nats; e^20 = 4.9e8 keeps exp, its square and exp's gradient finite in float32
+from corrections import LOG_RATIO_LIMIT, Correction, sequence_sums, spread
+
+REDUCTIONS = ("token-mean", "sequence-mean", "prompt-mean", "dr-grpo")
+ADVANTAGES = ("grpo", "dr-grpo", "rloo")
+LOG_RATIO_BIN = 0.01  # nats, of the histogram behind quantiles of the ratio
 
 
 class TokenStats(NamedTuple):
@@ -56,6 +63,25 @@ def group_advantages(rewards_P_G: Tensor, normalize_std: bool = True, eps: float
         advantages = advantages / (rewards.std(dim=1, keepdim=True, unbiased=True) + eps)
     equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
     return torch.where(equal, 0.0, advantages)
+
+
+def rloo_advantages(rewards_P_G: Tensor) -> Tensor:
+    """Advantages [P, G] against the mean reward of the other samples of the prompt: r_i - sum_{j != i} r_j / (G - 1).
+
+    RLOO (arXiv 2402.14740, eq. 8; Kool et al. 2019): unbiased, as a sample is not in its own baseline. It is
+    G / (G - 1) times Dr. GRPO's r - mean. Raises ValueError as `group_advantages` does.
+    """
+    samples = rewards_P_G.shape[-1]
+    return group_advantages(rewards_P_G, normalize_std=False) * (samples / max(samples - 1, 1))
+
+
+def advantages_by(name: str, rewards_P_G: Tensor) -> Tensor:
+    """Advantages [P, G] by one of ADVANTAGES. Raises ValueError for another name."""
+    if name == "rloo":
+        return rloo_advantages(rewards_P_G)
+    if name not in ADVANTAGES:
+        raise ValueError(f"--advantage {name} is not known; there are {', '.join(ADVANTAGES)}")
+    return group_advantages(rewards_P_G, normalize_std=name == "grpo")
 
 
 def soft_overlong_penalty(response_lengths_N: Tensor, max_response_len: int, buffer: int) -> Tensor:
@@ -99,20 +125,6 @@ def finite_mask(rollout_logprobs: Tensor, mask: Tensor) -> Tensor:
 # ---- the loss
 
 
-def truncated_importance_weights(old_logprobs: Tensor, rollout_logprobs: Tensor, cap: float | None) -> Tensor:
-    """`is_weights` [T] = min(exp(clamp(old - rollout, -20, 20)), cap): detached float32, an upper cap only.
-
-    Truncated importance sampling (Ionides 2008, J. Comput. Graph. Stat. 17(2)), applied to each token's gap between
-    trainer and sampler (TIS: Yao et al. 2025, "On the Rollout-Training Mismatch in Modern RL Systems"). It uses old,
-    not current, log-probs: the clip in `dapo_token_loss` already accounts for pi_theta / pi_old.
-    `cap=None` corrects nothing (all ones); `cap=inf` never truncates. Raises ValueError if cap <= 0 or NaN.
-    """
-    _check_cap(cap)
-    if cap is None:
-        return torch.ones_like(old_logprobs, dtype=torch.float32)
-    return _ratio(old_logprobs.detach(), rollout_logprobs.detach()).clamp(max=cap)
-
-
 def dapo_token_loss(
     policy_logprobs: Tensor,
     old_logprobs: Tensor,
@@ -150,12 +162,15 @@ def dapo_token_loss(
     return token_loss, TokenStats(ratio.detach(), clipped_low, clipped_high, dual_clipped)
 
 
-def token_mean(token_loss: Tensor, mask: Tensor, total_tokens: int) -> Tensor:
+def token_mean(token_loss: Tensor, mask: Tensor, total_tokens: Tensor | int) -> Tensor:
     """Scalar: sum of token_loss [T] over mask [T] / total_tokens (DAPO, arXiv 2503.14476, eq. 12).
 
-    total_tokens: trained tokens of the whole STEP (all micro-batches, all ranks), so that the micro-batches' losses and
-    gradients add up to the step's. Raises ValueError if it is not positive.
+    total_tokens: trained tokens of the whole UPDATE (all micro-batches, all ranks), so that the micro-batches' losses
+    and gradients add up to its; or [T], each token's denominator (`loss_denominators`). Raises ValueError if the number
+    is not positive.
     """
+    if isinstance(total_tokens, Tensor):
+        return _masked_sum(token_loss / total_tokens, mask)
     if not total_tokens > 0:
         raise ValueError(
             f"total_tokens is {total_tokens}: no token of this step is left to train on; skip the step, or raise "
@@ -164,37 +179,90 @@ def token_mean(token_loss: Tensor, mask: Tensor, total_tokens: int) -> Tensor:
     return _masked_sum(token_loss, mask) / total_tokens
 
 
+def loss_denominators(
+    mask: Tensor, lengths_N: Tensor, samples_per_prompt: int, reduction: str, max_response_len: int
+) -> Tensor:
+    """What each token's loss [T] of an update is divided by, so that its sum over the update is the reduction named.
+
+    mask: bool [T], the update's trained tokens; lengths_N: packed tokens of each sample, whole groups of
+    `samples_per_prompt` one after another. With n_i trained tokens in sample i, n_p in the group of prompt p, and N
+    samples and P prompts that have any:
+
+    token-mean      sum n_i                every token counts the same (DAPO, arXiv 2503.14476, eq. 12)
+    sequence-mean   N * n_i                every response (GRPO, arXiv 2402.03300, eq. 3)
+    prompt-mean     P * n_p                every prompt
+    dr-grpo         N * max_response_len   no bias by length: a constant budget (Dr. GRPO, arXiv 2503.20783)
+
+    Raises ValueError for another name, and where no token is trained on.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"--loss-reduction {reduction} is not known; there are {', '.join(REDUCTIONS)}")
+    trained_N = sequence_sums(mask, lengths_N)
+    total = float(trained_N.sum())
+    if total == 0:
+        raise ValueError(
+            "no token of this update is left to train on; skip it, or raise --max-sample-rounds or --max-response-len "
+            "if groups are dropped or truncated"
+        )
+    if reduction == "token-mean":
+        each_N = torch.full_like(trained_N, total)
+    elif reduction == "sequence-mean":
+        each_N = trained_N * (trained_N > 0).sum()
+    elif reduction == "prompt-mean":
+        trained_P = trained_N.view(-1, samples_per_prompt).sum(1)
+        each_N = (trained_P * (trained_P > 0).sum()).repeat_interleave(samples_per_prompt)
+    else:
+        each_N = torch.full_like(trained_N, max_response_len) * (trained_N > 0).sum()
+    return spread(each_N.clamp(min=1).float(), lengths_N, len(mask))
+
+
 def policy_loss(
     policy_logprobs: Tensor,
     old_logprobs: Tensor,
     rollout_logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    total_tokens: int,
+    denominators: Tensor | int,
     clip_low: float,
     clip_high: float,
     dual_clip: float | None,
-    tis_cap: float | None,
+    correction: Correction,
+    lengths_N: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The micro-batch's share of the step's loss (scalar), and its sums for `merge_sums` (detached 0-d tensors).
+    """The micro-batch's share of the update's loss (scalar), and its sums for `merge_sums` (detached 0-d tensors).
 
-    Tensors are [T]; total_tokens is the step's (see `token_mean`), counted from masks that went through `finite_mask`.
-    The importance weight multiplies after the clip and the dual clip, before the reduction. Masked-out tokens are
-    replaced before any arithmetic, because zero times NaN or inf is NaN in the backward pass too.
+    Tensors are [T]; denominators are `loss_denominators`' of the whole update, or its token count. The correction's
+    weight multiplies after the clip and the dual clip, before the reduction; a direct correction puts mu in pi_old's
+    place. lengths_N, tokens of each sequence, is for corrections of whole sequences and the counts of them. Masked-out
+    tokens are replaced before any arithmetic, because zero times NaN or inf is NaN in the backward pass too.
 
-    Sums: tokens, ratio_sum, is_weights_sum, clipped_low, clipped_high, dual_clipped (token counts); ratio_max.
-    Raises ValueError as `truncated_importance_weights`, `dapo_token_loss` and `token_mean` do.
+    Sums: tokens, ratio_sum, is_weights_sum, clipped_low, clipped_high, dual_clipped, is_capped, is_masked (tokens),
+    sequences, is_capped_sequences, is_masked_sequences (with such a token); ratio_max, is_weights_max.
+    Raises ValueError as `Correction`, `dapo_token_loss` and `token_mean` do.
     """
     inputs = (policy_logprobs, old_logprobs, rollout_logprobs, advantages)
     _assert_packed(mask, *inputs)
     policy, old, rollout, advantages = (torch.where(mask, x, 0.0) for x in inputs)
-    token_loss, stats = dapo_token_loss(policy, old, advantages, clip_low, clip_high, dual_clip)
-    is_weights = truncated_importance_weights(old, rollout, tis_cap)
-    loss = token_mean(is_weights * token_loss, mask, total_tokens)
+    reference = rollout if correction.kind.direct else old
+    token_loss, stats = dapo_token_loss(policy, reference, advantages, clip_low, clip_high, dual_clip)
+    weights, capped, masked = correction.weights(old, rollout, mask, lengths_N)
+    loss = token_mean(weights * token_loss, mask, denominators)
+    if lengths_N is None:
+        lengths_N = mask.new_tensor([mask.shape[0]], dtype=torch.long)
+
+    def sequences(which: Tensor) -> Tensor:
+        return (sequence_sums(which, lengths_N) > 0).sum()
+
     return loss, {  # no flag is set on a masked-out token: its advantage is 0 here
         "tokens": mask.sum(),
         "ratio_sum": _masked_sum(stats.ratio.double(), mask),
-        "is_weights_sum": _masked_sum(is_weights.double(), mask),
+        "is_weights_sum": _masked_sum(weights.double(), mask),
+        "is_weights_max": _masked_max(weights, mask),
+        "is_capped": capped.sum(),
+        "is_masked": masked.sum(),
+        "sequences": sequences(mask),
+        "is_capped_sequences": sequences(capped),
+        "is_masked_sequences": sequences(masked),
         "clipped_low": stats.clipped_low.sum(),
         "clipped_high": stats.clipped_high.sum(),
         "dual_clipped": stats.dual_clipped.sum(),
@@ -206,11 +274,14 @@ def policy_loss(
 
 
 @torch.no_grad()
-def mismatch_sums(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, cap: float | None) -> dict[str, Tensor]:
+def mismatch_sums(
+    old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, cap: float | None, lengths_N: Tensor | None = None
+) -> dict[str, Tensor]:
     """Sums, counts and maxima (0-d, float64 or int64) of the gap between pi_old and mu; all inputs [T].
 
     delta = old - rollout, w = exp(clamp(delta, -20, 20)), not truncated: the cap decides `capped` alone (tokens with
-    w > cap, none if cap is None). `finite_mask` must have been applied to mask.
+    w > cap, none if cap is None). `finite_mask` must have been applied to mask. lengths_N, tokens of each sequence, is
+    for sums of W = exp(sum of delta over a sequence); `histogram` [bins] counts delta, LOG_RATIO_BIN nats each.
     `mismatch_metrics` says what the terms estimate. Raises ValueError if cap <= 0 or NaN.
     """
     _check_cap(cap)
@@ -219,7 +290,20 @@ def mismatch_sums(old_logprobs: Tensor, rollout_logprobs: Tensor, mask: Tensor, 
     delta = old - rollout
     w_minus_1 = delta.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).expm1()
     w = w_minus_1 + 1
+    lengths_N = mask.new_tensor([mask.shape[0]], dtype=torch.long) if lengths_N is None else lengths_N
+    log_w_N = sequence_sums(torch.where(mask, delta, 0.0), lengths_N)
+    trained_N = sequence_sums(mask, lengths_N) > 0
+    w_N = log_w_N.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    bins = int(2 * LOG_RATIO_LIMIT / LOG_RATIO_BIN) + 1
+    bounded = delta.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT) + LOG_RATIO_LIMIT
+    bin_T = (bounded / LOG_RATIO_BIN + 0.5).long().clamp(0, bins - 1)
     return {
+        "histogram": mask.new_zeros(bins, dtype=torch.long).scatter_add_(0, bin_T, mask.long()),
+        "w_max": _masked_max(w, mask),
+        "sequences": trained_N.sum(),
+        "sequence_abs_dlogp_sum": _masked_sum(log_w_N.abs(), trained_N),
+        "sequence_w_sum": _masked_sum(w_N, trained_N),
+        "sequence_w_sq_sum": _masked_sum(w_N.square(), trained_N),
         "tokens": mask.sum(),
         "abs_dlogp_sum": _masked_sum(delta.abs(), mask),
         "k1_sum": _masked_sum(-delta, mask),
@@ -250,12 +334,14 @@ def mismatch_metrics(sums: dict[str, Tensor]) -> dict[str, float]:
     ess            effective sample size as a share of the tokens, (sum w)^2 / (n * sum w^2), in (0, 1]
     chi2           chi^2(pi_old || mu) as the mean of (w - 1)^2 (>= 0; E[w^2] - 1 in expectation, since E[w] = 1)
     capped_share   share of tokens whose weight the cap truncated
-    ratio_mean     mean w, 1 in expectation
+    ratio_mean     mean w, 1 in expectation; ratio_max the largest; ratio_p99 the 99th percentile, to a bin of 1 %
     dprob_max      largest |pi_old(a) - mu(a)|
+    sequence_abs_dlogp_mean, sequence_ess   of whole sequences: mean |sum of delta|, and the ess of W = exp(that sum)
 
     Raises ValueError if the sums hold no token.
     """
-    s = {key: float(value) for key, value in sums.items()}
+    histogram = sums["histogram"]
+    s = {key: float(value) for key, value in sums.items() if key != "histogram"}
     n = s["tokens"]
     if n == 0:
         raise ValueError("no tokens in the mismatch sums: skip the metrics of a step that trains on nothing")
@@ -268,6 +354,10 @@ def mismatch_metrics(sums: dict[str, Tensor]) -> dict[str, float]:
         "mismatch/chi2": s["chi2_sum"] / n,
         "mismatch/capped_share": s["capped"] / n,
         "mismatch/ratio_mean": s["w_sum"] / n,
+        "mismatch/ratio_max": s["w_max"],
+        "mismatch/ratio_p99": _quantile(histogram, 0.99),
+        "mismatch/sequence_abs_dlogp_mean": s["sequence_abs_dlogp_sum"] / s["sequences"],
+        "mismatch/sequence_ess": s["sequence_w_sum"] ** 2 / (s["sequences"] * s["sequence_w_sq_sum"]),
         "mismatch/dprob_max": s["dprob_max"],
     }
 
@@ -287,6 +377,12 @@ def _masked_sum(x: Tensor, mask: Tensor) -> Tensor:
 def _masked_max(x: Tensor, mask: Tensor) -> Tensor:
     """Largest masked-in value of a non-negative x; 0 where there is none."""
     return torch.nn.functional.pad(torch.where(mask, x, 0.0), (0, 1)).amax()
+
+
+def _quantile(histogram: Tensor, share: float) -> float:
+    """The ratio below which `share` of the counted log-ratios lie: the middle of the bin."""
+    reached = histogram.cumsum(0) >= share * histogram.sum()
+    return math.exp(int(reached.int().argmax()) * LOG_RATIO_BIN - LOG_RATIO_LIMIT)
 
 
 def _check_cap(cap: float | None) -> None:

@@ -38,6 +38,7 @@ class Batch:
         advantages: fp32, a sample's advantage at each of its tokens.
         mask: bool, True = trained on.
         old_logprobs: fp32, log pi_old; None while one update per batch makes it the policy's own.
+        denominators: fp32, what a token's loss is divided by (loss.loss_denominators), set for each update.
     """
 
     prompt_ids: list[list[int]]
@@ -46,6 +47,12 @@ class Batch:
     advantages: torch.Tensor
     mask: torch.Tensor
     old_logprobs: torch.Tensor | None = None
+    denominators: torch.Tensor | None = None
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Response tokens of each sample [N], on the tokens' device."""
+        return torch.tensor([len(r) for r in self.response_ids], device=self.mask.device)
 
     def __len__(self) -> int:
         return len(self.response_ids)
@@ -65,6 +72,7 @@ class Batch:
             self.advantages[tokens],
             self.mask[tokens],
             None if self.old_logprobs is None else self.old_logprobs[tokens],
+            None if self.denominators is None else self.denominators[tokens],
         )
 
     def micro_batches(self, max_tokens: int) -> list[list[int]]:

@@ -29,8 +29,9 @@ from data import DataError, Prompt, PromptStream, encode_prompts, load_data
 from engine_options import EngineError, check_platform, skipped_layers
 from loop_control import Clock, StopRequest
 from loss import (
+    advantages_by,
     finite_mask,
-    group_advantages,
+    loss_denominators,
     merge_sums,
     mismatch_metrics,
     mismatch_sums,
@@ -166,32 +167,35 @@ def train_step(policy: Policy, groups: list[Group], args: Args, clock: Clock | N
         return {"train/updates_applied": 0, "train/skipped_total": policy.skipped}
     with clock("pack"):
         batch, metrics = build_batch(groups, args, policy.device)
-    if args.updates_per_batch > 1:
+    correction = args.gap_correction
+    if args.updates_per_batch > 1 and not correction.kind.direct:
         batch.old_logprobs = policy.compute_logprobs(batch, args.micro_batch_tokens)
     sums: dict[str, torch.Tensor] = {}
     norms, losses, applied = [], [], 0
     for rows in split_groups(len(groups), args.samples_per_prompt, args.updates_per_batch):
         with clock("pack"):
             mini = batch.select(rows)
-            total_tokens = int(mini.mask.sum())
+            if not bool(mini.mask.any()):
+                continue  # every token was filtered out: there is no gradient, and nothing to divide by
+            mini.denominators = loss_denominators(
+                mini.mask, mini.lengths, args.samples_per_prompt, args.loss_reduction, args.max_response_len
+            )
             micro_batches = [mini.select(chosen) for chosen in mini.micro_batches(args.micro_batch_tokens)]
-        if total_tokens == 0:
-            continue  # every token was filtered out: there is no gradient, and nothing to divide by
         loss_sum = torch.zeros((), device=policy.device)
         for micro in micro_batches:
             logprobs, entropy = policy.logprobs(micro)
             # One update per batch: the weights are still the step's, so old log-probs are the policy's own.
             old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
             loss, stats = policy_loss(
-                logprobs, old, micro.rollout_logprobs, micro.advantages, micro.mask, total_tokens,
-                args.clip_low, args.clip_high, args.dual_clip, args.tis_cap,
+                logprobs, old, micro.rollout_logprobs, micro.advantages, micro.mask, micro.denominators,
+                args.clip_low, args.clip_high, args.dual_clip, correction, micro.lengths,
             )  # fmt: skip
             loss.backward()
             loss_sum += loss.detach()
             sums = merge_sums(
                 sums, stats | {"entropy_sum": torch.where(micro.mask, entropy.detach(), 0.0).double().sum()}
             )
-            gap = mismatch_sums(old, micro.rollout_logprobs, micro.mask, args.tis_cap)
+            gap = mismatch_sums(old, micro.rollout_logprobs, micro.mask, args.tis_cap, micro.lengths)
             sums = merge_sums(sums, {f"gap_{k}": v for k, v in gap.items()})
         metrics["train/lr"] = policy.current_lr()
         norm, was_applied = policy.update()
@@ -213,6 +217,11 @@ def train_step(policy: Policy, groups: list[Group], args: Args, clock: Clock | N
         "train/clip_high_share": float(sums["clipped_high"]) / tokens,
         "train/dual_clip_share": float(sums["dual_clipped"]) / tokens,
         "train/is_weight_mean": float(sums["is_weights_sum"]) / tokens,
+        "train/is_weight_max": float(sums["is_weights_max"]),
+        "train/is_capped_share": float(sums["is_capped"]) / tokens,
+        "train/is_masked_share": float(sums["is_masked"]) / tokens,
+        "train/is_capped_sequence_share": float(sums["is_capped_sequences"]) / float(sums["sequences"]),
+        "train/is_masked_sequence_share": float(sums["is_masked_sequences"]) / float(sums["sequences"]),
     }  # fmt: skip
 
 
@@ -385,7 +394,7 @@ def build_batch(groups: list[Group], args: Args, device: torch.device) -> tuple[
     lengths = torch.tensor([len(s.token_ids) for s in samples])
     rewards_P_G = torch.tensor([g.rewards for g in groups], dtype=torch.float32)
     penalty_N = soft_overlong_penalty(lengths, args.max_response_len, args.overlong_buffer)
-    advantages_P_G = group_advantages(rewards_P_G + penalty_N.view_as(rewards_P_G), args.advantage_std)
+    advantages_P_G = advantages_by(args.advantage, rewards_P_G + penalty_N.view_as(rewards_P_G))
     rollout_logprobs = torch.tensor([x for s in samples for x in s.rollout_logprobs], dtype=torch.float32)
     sampled = torch.ones_like(rollout_logprobs, dtype=torch.bool)
     if args.overlong_filter:

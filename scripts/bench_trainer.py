@@ -26,6 +26,7 @@ import torch
 from make_random_model import SHAPES, TOKENIZER, random_model
 
 import packing
+from corrections import Correction
 from loss import policy_loss
 from policy import Batch, Policy, load_model
 
@@ -137,7 +138,7 @@ def main() -> None:
             logprobs, _ = policy.logprobs(micro)
             loss, _ = policy_loss(
                 logprobs, logprobs.detach(), micro.rollout_logprobs, micro.advantages, micro.mask, total,
-                clip_low=0.2, clip_high=0.28, dual_clip=None, tis_cap=2.0,
+                clip_low=0.2, clip_high=0.28, dual_clip=None, correction=Correction(),
             )  # fmt: skip
             loss.backward()
         middle = clock()

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import loss as L
+from corrections import Correction
 
 INF, NAN = float("inf"), float("nan")
-PLAIN = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": None, "tis_cap": None}
-FULL = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0, "tis_cap": 2.0}
+PLAIN = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": None, "correction": Correction("none")}
+FULL = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 3.0, "correction": Correction(cap=2.0)}
 
 
 def logs(*probs):
@@ -21,6 +22,17 @@ def logs(*probs):
 
 def close(actual, expected, **tolerance):
     torch.testing.assert_close(torch.as_tensor(actual), torch.as_tensor(expected), check_dtype=False, **tolerance)
+
+
+def tis(old, rollout, cap):
+    """Weights of token-tis, or of no correction."""
+    correction = Correction("none") if cap is None else Correction("token-tis", cap)
+    return correction.weights(old, rollout, torch.ones(len(old), dtype=torch.bool)).weights
+
+
+def each_its_own(mask):
+    """Lengths of sequences of one token each."""
+    return torch.ones(len(mask), dtype=torch.long)
 
 
 def random_tokens(T, seed=0):
@@ -34,6 +46,7 @@ def random_tokens(T, seed=0):
 
 def loss_and_grad(policy, old, rollout, advantages, mask, total_tokens, **options):
     policy = policy.clone().requires_grad_()
+    options = {"lengths_N": each_its_own(mask)} | options
     value, sums = L.policy_loss(policy, old, rollout, advantages, mask, total_tokens, **options)
     value.backward()
     return value.detach(), policy.grad, sums
@@ -81,18 +94,18 @@ def test_overlong_mask_drops_every_token_of_a_truncated_sample():
 
 def test_tis_is_capped_above_only():
     old, rollout = logs(0.8, 0.3, 0.1, 0.5), logs(0.2, 0.2, 0.4, 0.5)  # ratios 4, 1.5, 0.25, 1
-    close(L.truncated_importance_weights(old, rollout, 2.0), [2.0, 1.5, 0.25, 1.0])
-    close(L.truncated_importance_weights(old, rollout, INF), [4.0, 1.5, 0.25, 1.0])
-    assert torch.equal(L.truncated_importance_weights(old, rollout, None), torch.ones(4))
+    close(tis(old, rollout, 2.0), [2.0, 1.5, 0.25, 1.0])
+    close(tis(old, rollout, INF), [4.0, 1.5, 0.25, 1.0])
+    assert torch.equal(tis(old, rollout, None), torch.ones(4))
 
 
 def test_tis_is_finite_detached_float32():
     old = torch.tensor([0.0, -500.0], requires_grad=True)
-    weights = L.truncated_importance_weights(old, torch.tensor([-500.0, 0.0]), INF)
+    weights = tis(old, torch.tensor([-500.0, 0.0]), INF)
     close(weights, [math.exp(20), math.exp(-20)])
     assert not weights.requires_grad
     for cap in (2.0, None):
-        weights = L.truncated_importance_weights(old.bfloat16(), old.bfloat16(), cap)
+        weights = tis(old.bfloat16(), old.bfloat16(), cap)
         assert weights.dtype == torch.float32 and not weights.requires_grad
 
 
@@ -218,13 +231,15 @@ def test_micro_batches_change_nothing(T, cuts, seed):
         part_values.append(v)
         part_grads.append(g)
         part_sums = L.merge_sums(part_sums, s)
-        part_mismatch = L.merge_sums(part_mismatch, L.mismatch_sums(part[1], part[2], part[4], 2.0))
+        part_mismatch = L.merge_sums(
+            part_mismatch, L.mismatch_sums(part[1], part[2], part[4], 2.0, each_its_own(part[4]))
+        )
     close(sum(part_values), value, rtol=1e-6, atol=1e-6)
     close(torch.cat(part_grads), grad, rtol=1e-6, atol=1e-6)
     assert part_sums.keys() == sums.keys()
     for key, expected in sums.items():
         close(part_sums[key], expected)
-    metrics = L.mismatch_metrics(L.mismatch_sums(inputs[1], inputs[2], inputs[4], 2.0))
+    metrics = L.mismatch_metrics(L.mismatch_sums(inputs[1], inputs[2], inputs[4], 2.0, each_its_own(inputs[4])))
     assert L.mismatch_metrics(part_mismatch) == pytest.approx(metrics, rel=1e-9, abs=1e-12)
 
 
@@ -262,7 +277,7 @@ def test_micro_batch_without_a_trained_token_adds_zero(T):
     value, grad, sums = loss_and_grad(*inputs, 10, **FULL)
     assert value == 0 and torch.equal(grad, torch.zeros(T))
     assert all(x == 0 for x in sums.values())
-    assert all(x == 0 for x in L.mismatch_sums(inputs[1], inputs[2], inputs[4], 2.0).values())
+    assert all(not x.any() for x in L.mismatch_sums(inputs[1], inputs[2], inputs[4], 2.0).values())
 
 
 def test_non_finite_sampler_logprobs_leave_loss_and_denominator():
@@ -282,7 +297,8 @@ def test_policy_loss_sums_by_hand():
     value, _, sums = loss_and_grad(policy, torch.zeros(5), rollout, advantages, mask, 4, **FULL)
     close(value, (2 * -1.28 + 0.5 * 0.8 + 1 * 3.0 + 1 * -1.0) / 4)
     expected = {"tokens": 4, "ratio_sum": 8.0, "is_weights_sum": 4.5, "ratio_max": 5.0}
-    expected |= {"clipped_low": 1, "clipped_high": 1, "dual_clipped": 1}
+    expected |= {"clipped_low": 1, "clipped_high": 1, "dual_clipped": 1, "is_weights_max": 2.0, "is_capped": 1}
+    expected |= {"is_masked": 0, "sequences": 4, "is_capped_sequences": 1, "is_masked_sequences": 0}
     assert {key: float(x) for key, x in sums.items()} == pytest.approx(expected, rel=1e-6)
 
 
@@ -293,7 +309,7 @@ def test_mismatch_by_hand_on_three_tokens():
     old, rollout = logs(0.6, 0.1, 0.5), logs(0.2, 0.2, 0.5)  # w = 3, 1/2, 1
     old, rollout = torch.cat([old, logs(0.9)]), torch.cat([rollout, logs(0.1)])
     mask = torch.tensor([True, True, True, False])
-    metrics = L.mismatch_metrics(L.mismatch_sums(old, rollout, mask, 2.0))
+    metrics = L.mismatch_metrics(L.mismatch_sums(old, rollout, mask, 2.0, torch.tensor([2, 2])))  # W = 3/2, 1
     log2, log3 = math.log(2), math.log(3)
     expected = {
         "mismatch/abs_dlogp_mean": (log3 + log2) / 3,
@@ -304,8 +320,13 @@ def test_mismatch_by_hand_on_three_tokens():
         "mismatch/chi2": (4 + 0.25) / 3,
         "mismatch/capped_share": 1 / 3,
         "mismatch/ratio_mean": 1.5,
+        "mismatch/ratio_max": 3.0,
+        "mismatch/ratio_p99": pytest.approx(3.0, rel=0.01),
+        "mismatch/sequence_abs_dlogp_mean": (log3 - log2) / 2,
+        "mismatch/sequence_ess": 2.5**2 / (2 * (2.25 + 1)),
         "mismatch/dprob_max": 0.4,
     }
+    assert metrics.pop("mismatch/ratio_p99") == expected.pop("mismatch/ratio_p99")
     assert metrics == pytest.approx(expected, rel=1e-6)
     assert list(metrics) == list(expected)
 
@@ -328,7 +349,8 @@ def test_kl_estimators_and_chi2_have_the_stated_direction():
 def test_equal_logprobs_are_no_mismatch(cap):
     old, mask = random_tokens(20)[1], torch.ones(20, dtype=torch.bool)
     metrics = L.mismatch_metrics(L.mismatch_sums(old, old.clone(), mask, cap))
-    ones = {"mismatch/ess", "mismatch/ratio_mean"} | ({"mismatch/capped_share"} if cap == 0.5 else set())
+    ones = {"ess", "ratio_mean", "ratio_max", "ratio_p99", "sequence_ess"}
+    ones = {f"mismatch/{name}" for name in ones} | ({"mismatch/capped_share"} if cap == 0.5 else set())
     assert metrics == {key: float(key in ones) for key in metrics}
 
 
@@ -357,11 +379,11 @@ X, M = torch.zeros(2), torch.ones(2, dtype=torch.bool)
 @pytest.mark.parametrize(
     ("call", "flag"),
     [
-        (lambda: L.truncated_importance_weights(X, X, 0.0), "--tis-cap 0.0"),
-        (lambda: L.truncated_importance_weights(X, X, -1.0), "--tis-cap -1.0"),
-        (lambda: L.truncated_importance_weights(X, X, NAN), "--tis-cap nan"),
+        (lambda: tis(X, X, 0.0), "--tis-cap 0.0"),
+        (lambda: tis(X, X, -1.0), "--tis-cap -1.0"),
+        (lambda: tis(X, X, NAN), "--tis-cap nan"),
         (lambda: L.mismatch_sums(X, X, M, 0.0), "--tis-cap 0.0"),
-        (lambda: L.policy_loss(X, X, X, X, M, 2, 0.2, 0.28, None, 0.0), "--tis-cap 0.0"),
+        (lambda: L.policy_loss(X, X, X, X, M, 2, 0.2, 0.28, None, Correction(cap=0.0)), "--tis-cap 0.0"),
         (lambda: L.dapo_token_loss(X, X, X, clip_low=1.5), "--clip-low 1.5"),
         (lambda: L.dapo_token_loss(X, X, X, clip_low=NAN), "--clip-low nan"),
         (lambda: L.dapo_token_loss(X, X, X, clip_high=-0.1), "--clip-high -0.1"),

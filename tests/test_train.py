@@ -27,7 +27,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Qwen2C
 import packing
 import train
 from config import TINY_MODEL, Args
+from corrections import CORRECTIONS
 from data import Example, Prompt
+from loss import REDUCTIONS
 from policy import Batch, Policy
 from rollout import Group, Sample
 
@@ -147,7 +149,7 @@ def test_build_batch_by_hand():
 
 
 def test_build_batch_without_std_is_dr_grpo():
-    batch, _ = train.build_batch(two_groups(), make_args(advantage_std=False), CPU)
+    batch, _ = train.build_batch(two_groups(), make_args(advantage="dr-grpo"), CPU)
     assert batch.advantages.tolist() == [0.5, 0.5, -0.5, -0.5, -0.5, -0.5, 0.5]
 
 
@@ -173,7 +175,7 @@ def test_a_rollout_log_prob_that_is_not_finite_is_masked_and_counted(bad):
 
 def test_the_overlong_penalty_changes_advantages_but_not_which_groups_were_chosen():
     """Limit 4, buffer 2: 3 tokens cost 0.5. The second group's rewards become -0.5 and 1: same signs, another gap."""
-    args = make_args(max_response_len=4, overlong_buffer=2, advantage_std=False)
+    args = make_args(max_response_len=4, overlong_buffer=2, advantage="dr-grpo")
     groups = two_groups()
     batch, metrics = train.build_batch(groups, args, CPU)
     assert batch.advantages.tolist() == pytest.approx([0.5, 0.5, -0.5, -0.75, -0.75, -0.75, 0.75])
@@ -239,6 +241,33 @@ def test_the_micro_batch_budget_does_not_change_weights_or_metrics():
         assert metrics.keys() == expected.keys()
         for key, value in expected.items():
             assert metrics[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{"correction": name} for name in CORRECTIONS] + [{"loss_reduction": name} for name in REDUCTIONS],
+    ids=lambda flags: "-".join(flags.values()),
+)
+def test_micro_batches_change_nothing_under_any_correction_and_reduction(flags):
+    results = []
+    for budget in (12, 10_000):
+        policy = make_policy()
+        groups = random_groups(policy, groups=6, off_policy=0.5)
+        args = make_args(micro_batch_tokens=budget, max_prompt_len=5, max_response_len=7, **flags)
+        results.append((policy, train.train_step(policy, groups, args)))
+    (small, found), (whole, expected) = results
+    assert_same_weights(small, whole)
+    for key, value in expected.items():
+        assert math.isfinite(value) and found[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+    assert expected["train/updates_applied"] == 1 and expected["mismatch/abs_dlogp_mean"] > 0.3
+
+
+def test_the_direct_form_needs_no_old_logprobs():
+    policy, seen = make_policy(), []
+    groups = random_groups(policy)
+    policy.model.get_input_embeddings().register_forward_hook(lambda *_: seen.append(1))
+    train.train_step(policy, groups, make_args(correction="ppo-is", updates_per_batch=2))
+    assert len(seen) == 2, "two updates, no pass before them"
 
 
 def test_mismatch_metrics_are_those_of_the_gap_that_was_put_in():
