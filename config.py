@@ -73,9 +73,12 @@ class Args:
     reward_time_limit: float = 10.0
     """Seconds that one reward may take; then it counts as 0 and its process is replaced."""
 
-    rollout_quant: Literal["fp8", "fp8-channel", "fp8-block", "int8", "none"] = "fp8"
+    rollout_quant: Literal[
+        "fp8", "fp8-channel", "fp8-block", "int8", "none", "int4-sim", "int3-sim", "int2-sim"
+    ] = "fp8"
     """Weights of the sampler: FP8 with one scale a matrix (fp8), a row (fp8-channel) or a block of 128 x 128
-    (fp8-block); int8 with one scale a row; none for bf16."""
+    (fp8-block); int8 with one scale a row; none for bf16. int4-sim, int3-sim and int2-sim save nothing: bf16 weights
+    rounded to so many bits, one scale a row, to see what a large mismatch does."""
     quant_skip: str = ""
     """Layers of the sampler that stay bf16, by comma: layers.0,down_proj,layers.3.mlp."""
     prove_sync: bool = True

@@ -15,6 +15,8 @@ QUANTIZATION = {
     "fp8-block": "fp8_per_block",
     "int8": "compressed-tensors",
 }
+# Bits of formats that no engine runs here: a bf16 engine gets weights that were rounded to them.
+SIMULATED = {"int4-sim": 4, "int3-sim": 3, "int2-sim": 2}
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # vLLM's, of HF's
 
 
@@ -101,7 +103,7 @@ def skipped_layers(linear: Sequence[str], names: str) -> list[str]:
 
 def quantization_options(quant: str, skip: Sequence[str]) -> dict[str, Any]:
     """Arguments of vLLM's LLM for a format and the layers that it leaves out."""
-    if quant == "none":
+    if quant == "none" or quant in SIMULATED:
         return {}
     if quant != "int8":
         return {"quantization": QUANTIZATION[quant]} | ({"quantization_config": {"ignore": list(skip)}} if skip else {})

@@ -236,7 +236,8 @@ class SyncPlan:
             names = [s.name.removesuffix(".weight") for s in row.sources]
             if row.dest.dim() != 2 or names[0].endswith(("embed_tokens", "lm_head")):
                 continue
-            wanted = COPY.name if quant == "none" or set(names) <= set(skip) else formats.BY_FLAG[quant].name
+            plain = quant not in formats.BY_FLAG or set(names) <= set(skip)  # none, or simulated in bf16
+            wanted = COPY.name if plain else formats.BY_FLAG[quant].name
             if row.format.name != wanted:
                 wrong.append(f"{row.name} is {row.format.name}, not {wanted}")
         if wrong:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from config import Args, ConfigError
 from data import DataError, Prompt, PromptStream, encode_prompts, load_data
-from engine_options import EngineError, check_platform, skipped_layers
+from engine_options import SIMULATED, EngineError, check_platform, skipped_layers
 from loop_control import Clock, StopRequest
 from loss import (
     advantages_by,
@@ -57,6 +57,7 @@ from reward_pool import RewardPool
 from rewards import RewardError
 from rollout import Engine, Group, sample_groups
 from run_folder import RunFolder, RunFolderError, check_free, default_run_name
+from weight_sources import Source
 
 # ---- the loop
 
@@ -272,7 +273,7 @@ def build(
     if used is not None:
         used.mark("engine")
     model = load_model(args.model, device, args.trust_remote_code)
-    plan = SyncPlan.build(model, engine.model)
+    plan = SyncPlan.build(policy_sources(model, args.rollout_quant, skip), engine.model)
     plan.check_formats(args.rollout_quant, skip)
     plan.check_coverage(engine.weight_blocks())
     if args.prove_sync and args.rollout_quant != "int8":
@@ -304,6 +305,19 @@ def build(
         flush=True,
     )
     return engine, policy, plan, PromptStream(prompts, args.seed), held_out, rewards
+
+
+def policy_sources(
+    model: torch.nn.Module, quant: str, skip: list[str]
+) -> "torch.nn.Module | dict[str, torch.Tensor | Source]":
+    """What the sync reads: the model, or with a simulated format its linear layers rounded."""
+    if quant not in SIMULATED:
+        return model
+    linear = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n} - set(skip)
+    return {
+        n: Source.rounded(n, p, SIMULATED[quant]) if n.removesuffix(".weight") in linear and p.dim() == 2 else p
+        for n, p in model.named_parameters(remove_duplicate=False)
+    }
 
 
 def load_config(args: Args) -> tuple[Any, Any]:
@@ -342,7 +356,8 @@ def plan_device(args: Args, config: Any) -> tuple[Args, MemoryPlan, list[str]]:
         reason = str(error).splitlines()[0][:200]
         raise ConfigError(f"--model {args.model} ({config.model_type}) cannot be trained here: {reason}") from error
     skip = skipped_layers([*sizes.linear_layers, "lm_head", "model.embed_tokens"], args.quant_skip)
-    quantized = [] if args.rollout_quant == "none" else [n for k, n in sizes.linear_layers.items() if k not in skip]
+    bf16 = args.rollout_quant == "none" or args.rollout_quant in SIMULATED
+    quantized = [] if bf16 else [n for k, n in sizes.linear_layers.items() if k not in skip]
     if args.kv_cache_dtype == "fp8":
         sizes = dataclasses.replace(sizes, kv_bytes_per_token=sizes.kv_bytes_per_token // 2)
     sequences = min(args.max_num_seqs, 2 * args.samples_per_step)  # dynamic sampling draws about twice what it keeps

@@ -71,6 +71,19 @@ class Source:
 
         return Source(name, tuple(base.shape), base.dtype, fill=fill, watched=(base, lora_A, lora_B))
 
+    @staticmethod
+    def rounded(name: str, weight: torch.Tensor, bits: int) -> "Source":
+        """weight [O, I] on the engine's device, rounded to `bits` bits, symmetric, one scale a row, and back to bf16:
+        for an engine in bf16 that samples as if it were quantized. `weight` is not changed."""
+        largest = 2 ** (bits - 1) - 1
+
+        def fill(out: torch.Tensor) -> None:
+            exact = weight.detach().float()
+            scale = exact.abs().amax(1, keepdim=True).clamp(min=1e-30) / largest
+            out.copy_((exact / scale).round() * scale)
+
+        return Source(name, tuple(weight.shape), weight.dtype, fill=fill, watched=(weight,))
+
 
 class Watch:
     """Tensors that must stay what and where they are: by identity, where their owner could replace them, and by
