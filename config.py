@@ -58,24 +58,25 @@ class Args:
     model: str = TINY_MODEL
     """HF folder or Hub name of a Qwen2, Qwen3 or Llama model with a chat template."""
     data: str | None = None
-    """arithmetic[:add1|add2|add3|sub2|mul|chain], gsm8k, a Hub dataset, a .jsonl or .parquet file.
+    """arithmetic[:add1|add2|add3|sub2|mul|chain], gsm8k, dapo-math, a Hub dataset, a .jsonl or .parquet file.
     None: gsm8k; arithmetic."""
     eval_data: str | None = None
-    """Held-out data, as --data. None: the test split of --data, or a part of it held out."""
+    """Held-out data, as --data, or aime-2024. None: the test split of --data, or a part of it held out."""
     eval_size: int | None = None
     """Held-out prompts to evaluate on (greedy); 0 for none. None: 512."""
     chat_template_kwargs: str = "{}"
     """JSON for the chat template, e.g. '{"enable_thinking": false}' for Qwen3."""
     reward: str | None = None
-    """Your own reward, file.py:function, called as function(completion, answer, row). None: the data's own."""
+    """Your own reward, file.py:function, called as function(completion, answer, row); or number, exact, gsm8k or
+    math-verify (also for fractions, sets, formulas). None: the data's own, math-verify for dapo-math and aime-2024."""
     reward_workers: int = 2
     """Processes that score completions while the engine generates."""
     reward_time_limit: float = 10.0
     """Seconds that one reward may take; then it counts as 0 and its process is replaced."""
 
-    rollout_quant: Literal[
-        "fp8", "fp8-channel", "fp8-block", "int8", "none", "int4-sim", "int3-sim", "int2-sim"
-    ] = "fp8"
+    rollout_quant: Literal["fp8", "fp8-channel", "fp8-block", "int8", "none", "int4-sim", "int3-sim", "int2-sim"] = (
+        "fp8"
+    )
     """Weights of the sampler: FP8 with one scale a matrix (fp8), a row (fp8-channel) or a block of 128 x 128
     (fp8-block); int8 with one scale a row; none for bf16. int4-sim, int3-sim and int2-sim save nothing: bf16 weights
     rounded to so many bits, one scale a row, to see what a large mismatch does."""

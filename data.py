@@ -1,4 +1,4 @@
-"""Prompts and their rewards: generated arithmetic, GSM8K, Hub datasets, local jsonl and parquet (verl/SkyRL schema).
+"""Prompts and their rewards: generated arithmetic, GSM8K, DAPO-Math and AIME, Hub datasets, local jsonl and parquet.
 
 A row becomes an `Example`: a chat prompt, its ground truth, and the name of the reward that compares the two.
 """
@@ -17,12 +17,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from rewards import parse_number
+from answers import parse_number
 
 GSM8K_INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 LAYOUTS = (
     "prompt + reward_model.ground_truth (verl), prompt + reward_spec.ground_truth (SkyRL), question|prompt + answer"
 )
+HUB_NAMES = {
+    "gsm8k": "openai/gsm8k:main",
+    "dapo-math": "BytedTsinghua-SIA/DAPO-Math-17k",
+    "aime-2024": "BytedTsinghua-SIA/AIME-2024",
+}
+MATH_DAPO = "math_dapo"  # the data_source of the rows of both, whose prompts ask for a last line "Answer: ..."
 ARITHMETIC_LEVELS = ("add1", "add2", "add3", "sub2", "mul", "chain")
 ARITHMETIC_SAMPLE = 20_000  # problems drawn where the space is too large to list (add3, chain)
 
@@ -46,6 +52,8 @@ class Example:
     """Name of this row's default reward, a key of `rewards.REWARDS`."""
     row: dict
     """The source row as read, for user reward functions."""
+    marker: str = "box"
+    """Where a completion says its answer, a key of `answers.MARKERS`."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +185,8 @@ def _example(row: dict, columns: tuple[str, str], where: str, id: str) -> Exampl
         if not isinstance(column, dict):
             raise DataError(f"{where}: column '{columns[1]}' is not a struct; give {{'ground_truth': '...'}}")
         answer = _text(column.get("ground_truth"), f"{where}: column '{columns[1]}.ground_truth'")
+    if _is_math_dapo(row):
+        return Example(id, messages, answer.strip(), "math-verify", row, marker="answer-line")
     gsm8k = "####" in answer or "gsm8k" in str(row.get("data_source")).lower()
     answer = _text(answer.rpartition("####")[2], f"{where}: column '{columns[1]}' after '####'").strip()
     if gsm8k and not isinstance(prompt, list) and "\\boxed" not in prompt and "####" not in prompt:
@@ -213,10 +223,38 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
         raise DataError(f"{path}: not a readable parquet file ({error})") from None
 
 
+def _is_math_dapo(row: object) -> bool:
+    """Whether it is a row of DAPO-Math or AIME that has an answer."""
+    if not isinstance(row, dict) or row.get("data_source") != MATH_DAPO:
+        return False
+    reward_model = row.get("reward_model")
+    return isinstance(reward_model, dict) and isinstance(reward_model.get("ground_truth"), str)
+
+
+def _without_copies(rows: Iterable[tuple[int, object]], source: str) -> Iterator[tuple[int, object]]:
+    """The rows, but those of DAPO-Math and AIME once a prompt: their files hold each 100 and 32 times. A prompt whose
+    copies have different answers is left out."""
+    first: dict[str, tuple[int, dict]] = {}  # by prompt
+    read, ambiguous = 0, set()
+    for number, row in rows:
+        if not _is_math_dapo(row):
+            yield number, row
+            continue
+        read += 1
+        prompt = str(row.get("prompt"))
+        copy = first.setdefault(prompt, (number, row))[1]
+        if copy["reward_model"]["ground_truth"] != row["reward_model"]["ground_truth"]:
+            ambiguous.add(prompt)
+    if read > len(first) - len(ambiguous):
+        why = f"; {len(ambiguous)} are left out, since their copies have different answers" if ambiguous else ""
+        print(f"[data] {source}: {read} rows are copies of {len(first)} prompts{why}", flush=True)
+    yield from (numbered for prompt, numbered in first.items() if prompt not in ambiguous)
+
+
 def _examples(rows: Iterable[tuple[int, object]], source: str, name: str) -> list[Example]:
     """Rows to examples. `source` is for messages (a path), `name` for ids."""
     examples, columns = [], None
-    for number, row in rows:
+    for number, row in _without_copies(rows, source):
         where = f"{source}: row {number}"
         if not isinstance(row, dict):
             raise DataError(f"{where} is a {type(row).__name__}; give an object with columns: {LAYOUTS}")
@@ -229,7 +267,7 @@ def _examples(rows: Iterable[tuple[int, object]], source: str, name: str) -> lis
 
 def _hub_examples(spec: str, split: Literal["train", "eval"]) -> list[Example] | None:
     """A split of the Hub dataset NAME or NAME:CONFIG; None if it has no such split."""
-    name, _, config = ("openai/gsm8k:main" if spec == "gsm8k" else spec).partition(":")
+    name, _, config = HUB_NAMES.get(spec, spec).partition(":")
     local = "give a local .jsonl or .parquet file instead"
     try:
         import datasets
@@ -247,7 +285,12 @@ def _hub_examples(spec: str, split: Literal["train", "eval"]) -> list[Example] |
         ) from None
     hub_split = "train" if split == "train" else "test"
     if hub_split in loaded:
-        return _examples(enumerate(loaded[hub_split], 1), f"{spec} ({hub_split} split)", f"{spec}/{hub_split}")
+        batches = loaded[hub_split].iter(1_000)  # ten times as fast as row by row
+        rows = (dict(zip(batch, row, strict=True)) for batch in batches for row in zip(*batch.values(), strict=True))
+        examples = _examples(enumerate(rows, 1), f"{spec} ({hub_split} split)", f"{spec}/{hub_split}")
+        if spec in ("dapo-math", "aime-2024") and any(e.marker != "answer-line" for e in examples):
+            raise DataError(f"{spec}: {name} has rows that are not of data_source '{MATH_DAPO}'; {local}")
+        return examples
     if split == "train":
         raise DataError(f"'{spec}' has no train split (found: {', '.join(loaded)}); {local}")
     return None
@@ -261,7 +304,7 @@ def _read(spec: str, split: Literal["train", "eval"]) -> list[Example] | None:
     path = Path(spec).expanduser()
     suffix = path.suffix.lower()
     reader = {".jsonl": _json_rows, ".json": _json_rows, ".parquet": _parquet_rows}.get(suffix)
-    if spec not in ("", "gsm8k") and path.exists():
+    if spec not in ("", *HUB_NAMES) and path.exists():
         if reader is None or not path.is_file():
             raise DataError(f"{path}: cannot be read as data; give a .jsonl, .json or .parquet file")
         if split == "eval":
@@ -297,7 +340,7 @@ def _cut(examples: list[Example], size: int) -> list[int]:
 def load_data(data: str, eval_data: str | None, eval_size: int) -> tuple[list[Example], list[Example]]:
     """(train, eval) examples; no prompt is in both, and the choice depends on nothing but the arguments.
 
-    `data`: arithmetic[:LEVEL], gsm8k, a .jsonl/.json/.parquet path, or a Hub dataset NAME[:CONFIG].
+    `data`: arithmetic[:LEVEL], a key of HUB_NAMES, a .jsonl/.json/.parquet path, or a Hub dataset NAME[:CONFIG].
     `eval_data`: the same; None takes the eval split of `data`, or holds out min(eval_size, 10 %) of its prompts.
     `eval_size`: examples to keep for evaluation, 0 for none. Raises DataError.
     """

@@ -6,10 +6,11 @@ scored within the time limit is scored 0.0 and counted, and its worker is killed
 to stderr. A worker answers in JSON, so that nothing it says can run in the trainer, and is not told any keys
 (variables that end in _TOKEN or _API_KEY).
 
-Run as a program (python reward_pool.py FD SPEC) this file is the worker.
+Run as a program (python reward_pool.py FD SPEC MODULES) this file is the worker.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -31,9 +32,9 @@ START_LIMIT = 60.0  # seconds that importing the user's file may take
 class _Worker:
     """One process, its connection, and what it is doing."""
 
-    def __init__(self, spec: str | None):
+    def __init__(self, spec: str | None, modules: Sequence[str]):
         ours, theirs = socket.socketpair()
-        command = [sys.executable, str(Path(__file__).resolve()), str(theirs.fileno()), spec or ""]
+        command = [sys.executable, str(Path(__file__).resolve()), str(theirs.fileno()), spec or "", ",".join(modules)]
         environment = {k: v for k, v in os.environ.items() if not k.endswith(("_TOKEN", "_API_KEY"))}
         self.process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=2,
@@ -64,21 +65,22 @@ class _Worker:
 class RewardPool:
     """Scores completions in `workers` processes, at most `time_limit` seconds each.
 
-    `submit` never waits for a reward; `collect` waits for all that was submitted. Raises RewardError if the user's
-    file cannot be used. Use as a context manager, or call `close`.
+    `spec` is --reward; `modules` are imported before a worker's first reward, outside its time limit
+    (`rewards.required_modules`). `submit` never waits for a reward; `collect` waits for all that was submitted. Raises
+    RewardError if the user's file cannot be used. Use as a context manager, or call `close`.
 
     Attributes:
         calls, errors, timeouts: completions scored; scored 0.0 because the reward raised or returned no number; because
             it ran too long or its process died (these are errors too).
     """
 
-    def __init__(self, spec: str | None, workers: int, time_limit: float):
+    def __init__(self, spec: str | None, workers: int, time_limit: float, modules: Sequence[str] = ()):
         resolve_reward(spec)  # a spec that cannot work is an error now, in this process
-        self._spec, self._limit = spec, time_limit
+        self._spec, self._limit, self._modules = spec, time_limit, modules
         self._queue: deque[tuple[Hashable, Example, str]] = deque()
         self._done: dict[Hashable, float] = {}
         self._outstanding = 0
-        self._workers = [_Worker(spec) for _ in range(workers)]
+        self._workers = [_Worker(spec, modules) for _ in range(workers)]
         self.calls = self.errors = self.timeouts = 0
 
     def __enter__(self) -> "RewardPool":
@@ -163,14 +165,16 @@ class RewardPool:
             )
         self.timeouts += 1
         self._finish(worker, 0.0, why)
-        self._workers[self._workers.index(worker)] = _Worker(self._spec)
+        self._workers[self._workers.index(worker)] = _Worker(self._spec, self._modules)
 
 
-def _serve(descriptor: int, spec: str) -> None:
+def _serve(descriptor: int, spec: str, modules: str) -> None:
     connection = Connection(descriptor)
     try:
         reward = resolve_reward(spec or None)
-    except RewardError as error:
+        for module in filter(None, modules.split(",")):
+            importlib.import_module(module)
+    except (RewardError, ImportError) as error:
         connection.send_bytes(json.dumps(str(error)).encode())
         return
     connection.send_bytes(b'"ready"')
@@ -183,4 +187,4 @@ def _serve(descriptor: int, spec: str) -> None:
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]), sys.argv[2])
+    _serve(int(sys.argv[1]), *sys.argv[2:])

@@ -1,20 +1,25 @@
 """Rewards: 1.0 or 0.0 from a completion and its ground truth, parsed and never evaluated; and a user's own function.
 
-Which reward a row gets is data.py's choice (`Example.reward`, a key of `REWARDS`), unless --reward names another.
+Which reward a row gets is data.py's choice (`Example.reward`, a key of `REWARDS`), unless --reward names another. So is
+where a completion says its answer, since the prompt asks for it (`Example.marker`, a key of `answers.MARKERS`).
+math-verify is the one reward that evaluates, and may take any time: it belongs into reward_pool.py's processes.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import logging
 import math
 import numbers
 import re
 import sys
 import traceback
-from collections.abc import Callable
-from decimal import Decimal
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from answers import LATEX_TEXT, LONGEST_ANSWER, MARKERS, NOT_A_UNIT, is_whole, parse_number, parse_value, unwrapped
 
 if TYPE_CHECKING:
     from data import Example
@@ -24,47 +29,12 @@ class RewardError(ValueError):
     """A --reward that cannot be used; the message names the file or function and the fix."""
 
 
-_TAIL = 4_000  # characters at a completion's end that are searched for the answer
-_LONGEST_NUMBER = 64  # characters
-_BRACES = re.compile(r"\\boxed\{|\\[{}]|[{}]")
-_LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}")
-_NUMBER = re.compile(  # after spaces are single; every part is bounded or unambiguous, so matching is linear
-    r"\${0,2} ?(?P<sign>[+-]?) ?\${0,2} ?(?P<digits>(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
-    r" ?(?:\\?%)?(?P<unit>(?: [A-Za-z]+)*) ?\.?\${0,2}\.?"
-)
-_NOT_A_UNIT = re.compile(  # words that change the value, or offer a second one
-    r"\b(?:hundred|thousand|million|billion|trillion|dozen)s?\b|\b(?:half|point|and|or|plus|minus|over)\b",
-    re.IGNORECASE,
-)
+MATH_VERIFY = "math-verify==0.9.0 antlr4-python3-runtime==4.13.2"
+_DEEPEST_ANSWER = 10  # brackets in brackets: the time to parse them grows fast
+_NOT_EQUAL = re.compile(r"\\(?:not|neq?|approx|sim|simeq|cong|equiv)(?![a-z])|[≈≠]|\bnot\b", re.IGNORECASE)
 
 
-def parse_number(text: str, unit: bool = True) -> Decimal | None:
-    """The one number that `text` is, or None: "-$1,234.50", "50\\%", "342 dollars" (the last only with `unit`)."""
-    if len(text) > _LONGEST_NUMBER:
-        return None
-    text = text.replace("\N{MINUS SIGN}", "-").replace("\\$", "$").replace("{,}", ",")
-    match = _NUMBER.fullmatch(" ".join(_LATEX_TEXT.sub(r" \1 ", text).split()))
-    if match is None or (match["unit"] and (not unit or _NOT_A_UNIT.search(match["unit"]))):
-        return None
-    return Decimal(match["sign"] + match["digits"].replace(",", ""))
-
-
-def _marked_answer(completion: str) -> str | None:
-    """What the last balanced `\\boxed{...}` or the line after the last `####` holds; None without either."""
-    text = completion[-_TAIL:]
-    start, answer = -1, None
-    opened: list[re.Match] = []
-    for brace in _BRACES.finditer(text):
-        if brace[0] in ("{", "\\boxed{"):
-            opened.append(brace)
-        elif brace[0] == "}" and opened:
-            begin = opened.pop()
-            if begin[0] != "{" and begin.start() > start:
-                start, answer = begin.start(), text[begin.end() : brace.start()]
-    hashes = text.rfind("####")
-    if hashes > start:
-        answer = text[hashes + 4 :].partition("\n")[0]
-    return None if answer is None else answer.strip()
+# ---- strict rewards ----
 
 
 def _same_number(text: str, answer: str, unit: bool = True) -> float:
@@ -72,38 +42,165 @@ def _same_number(text: str, answer: str, unit: bool = True) -> float:
     return float(value is not None and value == parse_number(answer))
 
 
-def gsm8k_reward(completion: str, answer: str) -> float:
-    """1.0 if the last `\\boxed{x}` or `#### x` is the number `answer`; without either, 0.0."""
-    marked = _marked_answer(completion)
+def gsm8k_reward(completion: str, answer: str, marker: str = "box") -> float:
+    """1.0 if the last `\\boxed{x}` or `#### x` (what `marker` says) is the number `answer`; without a mark, 0.0."""
+    marked = MARKERS[marker](completion)
     return 0.0 if marked is None else _same_number(marked, answer)
 
 
-def number_reward(completion: str, answer: str) -> float:
+def number_reward(completion: str, answer: str, marker: str = "box") -> float:
     """As `gsm8k_reward`; without box or `####` the whole completion must be the number and nothing else."""
-    marked = _marked_answer(completion)
-    return _same_number(completion.strip(), answer, unit=False) if marked is None else _same_number(marked, answer)
+    marked = MARKERS[marker](completion)
+    if marked is None and marker == "box":
+        return _same_number(completion.strip(), answer, unit=False)
+    return 0.0 if marked is None else _same_number(marked, answer)
 
 
-def exact_reward(completion: str, answer: str) -> float:
+def exact_reward(completion: str, answer: str, marker: str = "box") -> float:
     """1.0 if the last `\\boxed{x}` or `#### x`, or without either the whole completion, is `answer`, stripped."""
-    marked = _marked_answer(completion)
-    return float((completion.strip() if marked is None else marked) == answer.strip())
+    marked = MARKERS[marker](completion)
+    if marked is None and marker == "box":
+        marked = completion
+    return float(marked is not None and marked.strip() == answer.strip())
 
 
-REWARDS = {"number": number_reward, "gsm8k": gsm8k_reward, "exact": exact_reward}
+# ---- mathematics ----
 
 
-def resolve_reward(spec: str | None) -> Callable[[str, str, dict], float] | None:
+def _is_number(answer: str) -> bool:
+    """Whether `answer` needs no math-verify; x = 3 does, since y = 3 is another answer."""
+    return "=" not in answer and parse_value(answer) is not None
+
+
+def _same_value(text: str, answer: str) -> float:
+    """Exactly equal, where 50% is also 0.5 if only one of the two has the sign."""
+    value, gold = parse_value(text), parse_value(answer)
+    if value is None:
+        return 0.0
+    if "%" in text and "%" not in answer:
+        return float(gold in (value, value / 100))
+    if "%" in answer and "%" not in text:
+        return float(value in (gold, gold / 100))
+    return float(value == gold)
+
+
+def math_verify_reward(completion: str, answer: str, marker: str = "box") -> float:
+    """1.0 if the marked answer is `answer`: exactly, where that is a number (`parse_value`), else by math-verify.
+
+    math-verify alone would be fooled: it takes 1 + 2 for 3, so the question itself, and 3 \\text{ or 4} and 3, 3 for 3.
+    So numbers are not its business, it sees the marked text alone, and not even that where it holds words that
+    change the value, or arithmetic that `answer` does not hold. It may take any time, and its own limit works in a main
+    thread only: the caller needs one. Raises ValueError for an `answer` that math-verify cannot read, and what
+    math-verify raises.
+    """
+    marked = MARKERS[marker](completion)
+    if marked is None:
+        return 0.0
+    marked, answer = unwrapped(marked), unwrapped(answer)
+    if _is_number(answer):
+        return _same_value(marked, answer)
+    if marked == answer:
+        return 1.0
+    if not _can_be_compared(marked, answer):
+        return 0.0
+    math_verify = _math_verify()
+    parsed_answer = _parse_latex(answer)
+    if not parsed_answer:
+        raise ValueError(f"math-verify cannot read the ground truth {answer!r}")
+    parsed = _parse_latex(marked)
+    if not parsed or _work_left(parsed[0]) > _work_left(parsed_answer[0]):
+        return 0.0
+    return float(math_verify.verify(parsed_answer, parsed, timeout_seconds=None, raise_on_error=True))
+
+
+def _can_be_compared(text: str, answer: str) -> bool:
+    """False for what math-verify reads as less than it says, or cannot read in reasonable time."""
+    words = {word.lower() for word in NOT_A_UNIT.findall(text) + _NOT_EQUAL.findall(text)}
+    allowed = {word.lower() for word in NOT_A_UNIT.findall(answer) + _NOT_EQUAL.findall(answer)}
+    if "," in answer or "\\pm" in answer:  # several values
+        allowed |= {"and", "or"}
+    asides = [content for content in LATEX_TEXT.findall(text) if re.search(r"[^A-Za-z .'()-]", content)]
+    depth = deepest = 0
+    for bracket in re.findall(r"[(\[{}\])]", text):
+        depth += 1 if bracket in "([{" else -1
+        deepest = max(deepest, depth)
+    return (
+        0 < len(text) <= LONGEST_ANSWER
+        and deepest <= _DEEPEST_ANSWER
+        and is_whole(text)
+        and "boxed" not in text
+        and words <= allowed
+        and all(aside in answer for aside in asides)
+    )
+
+
+def _parse_latex(text: str) -> list:
+    """[SymPy expression], not evaluated; [] for what math-verify cannot read."""
+    math_verify = _math_verify()
+    box = math_verify.LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
+    options = {"fallback_mode": "no_fallback", "parsing_timeout": None, "raise_on_error": True}
+    return math_verify.parse(f"\\boxed{{{text}}}", [box], **options)
+
+
+def _work_left(expression) -> int:
+    """Operations on numbers alone that are written and not done: 1 + 2, 2 * 3, 2^{10}, 3!, sums, integrals, limits."""
+    import sympy
+
+    undone = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit, sympy.Derivative, sympy.factorial, sympy.binomial)
+    if not isinstance(expression, sympy.Basic):  # a matrix
+        return 0
+    left = 0
+    for node in sympy.preorder_traversal(expression):
+        plain = [arg for arg in node.args if isinstance(arg, sympy.Number)]
+        power = isinstance(node, sympy.Pow) and len(plain) == 2 and node.exp.is_Integer and node.exp != -1
+        left += isinstance(node, undone) or power or (isinstance(node, (sympy.Add, sympy.Mul)) and len(plain) > 1)
+    return left
+
+
+def _math_verify():
+    """The package. Raises RewardError with what to install."""
+    try:
+        module = importlib.import_module("math_verify")
+    except ImportError as error:
+        raise RewardError(
+            f"math-verify is needed for ground truths that are not plain numbers ({error}): pip install {MATH_VERIFY}; "
+            "or choose another --reward"
+        ) from None
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that the time limit is the caller's
+    return module
+
+
+REWARDS = {
+    "number": number_reward,
+    "gsm8k": gsm8k_reward,
+    "exact": exact_reward,
+    "math-verify": math_verify_reward,
+}
+
+
+def required_modules(spec: str | None, examples: Iterable[Example]) -> list[str]:
+    """Modules that scoring `examples` with `--reward spec` imports, all of them imported here once. Raises RewardError
+    with the command that installs one that is missing."""
+    if spec is None:
+        needed = any(e.reward == "math-verify" and not _is_number(unwrapped(e.answer)) for e in examples)
+    else:
+        needed = spec == "math-verify"
+    return [_math_verify().__name__] if needed else []
+
+
+def resolve_reward(spec: str | None) -> Callable[[str, str, dict], float] | str | None:
     """The function that `--reward file.py:function` names, called as function(completion, answer, row) -> float.
 
-    None stays None: every row's own reward. Raises RewardError for a file or function that cannot be used.
+    A key of `REWARDS` stays as it is, and so does None: every row's own reward. Raises RewardError for a file or
+    function that cannot be used, and for a package that is missing.
     """
-    if spec is None:
-        return None
+    if spec is None or spec in REWARDS:
+        required_modules(spec, ())
+        return spec
     file, _, name = spec.rpartition(":")
     path = Path(file).expanduser()
     if not file or not name or path.suffix != ".py":
-        raise RewardError(f"--reward {spec}: give file.py:function")
+        raise RewardError(f"--reward {spec}: give file.py:function, or one of {', '.join(REWARDS)}")
     if not path.is_file():
         raise RewardError(f"--reward {spec}: no such file: {path}")
     module_spec = importlib.util.spec_from_file_location(f"user_reward_{path.stem}", path)
@@ -121,13 +218,13 @@ def resolve_reward(spec: str | None) -> Callable[[str, str, dict], float] | None
 
 
 def score(
-    reward: Callable[[str, str, dict], float] | None, example: Example, completion: str
+    reward: Callable[[str, str, dict], float] | str | None, example: Example, completion: str
 ) -> tuple[float, str | None]:
-    """(reward, None), or (0.0, the traceback) where it raises or returns no finite number. `reward` None: the example's
-    own."""
+    """(reward, None), or (0.0, the traceback) where it raises or returns no finite number. `reward`: a user's function,
+    a key of `REWARDS`, or None for the example's own."""
     try:
-        if reward is None:
-            return REWARDS[example.reward](completion, example.answer), None
+        if reward is None or isinstance(reward, str):
+            return REWARDS[reward or example.reward](completion, example.answer, example.marker), None
         value = reward(completion, example.answer, example.row)
         if not isinstance(value, numbers.Real) or not math.isfinite(value):
             raise TypeError(f"the reward returned {repr(value)[:80]}; it must return a finite number")

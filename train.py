@@ -54,7 +54,7 @@ from packing import PackingError
 from policy import Batch, Policy, PolicyError, load_model
 from quant_sync import SyncError, SyncPlan
 from reward_pool import RewardPool
-from rewards import RewardError
+from rewards import RewardError, required_modules
 from rollout import Engine, Group, sample_groups
 from run_folder import RunFolder, RunFolderError, check_free, default_run_name
 from weight_sources import Source
@@ -246,7 +246,8 @@ def build(
 
     template = json.loads(args.chat_template_kwargs)
     train_examples, eval_examples = load_data(args.data, args.eval_data, args.eval_size if args.eval_every else 0)
-    rewards = RewardPool(args.reward, args.reward_workers, args.reward_time_limit)
+    modules = required_modules(args.reward, train_examples + eval_examples)
+    rewards = RewardPool(args.reward, args.reward_workers, args.reward_time_limit, modules)
     prompts, _ = encode_prompts(train_examples, tokenizer, args.max_prompt_len, template)
     held_out = encode_prompts(eval_examples, tokenizer, args.max_prompt_len, template)[0] if eval_examples else []
     print(f"data {args.data}: {len(prompts)} prompts to train on, {len(held_out)} held out", flush=True)

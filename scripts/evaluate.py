@@ -28,7 +28,7 @@ from memory import model_sizes
 from policy import PolicyError, load_model
 from quant_sync import SyncError, SyncPlan
 from reward_pool import RewardPool
-from rewards import RewardError
+from rewards import RewardError, required_modules
 from rollout import Engine
 from train import load_config
 
@@ -48,7 +48,8 @@ def evaluate(checkpoints: list[str], flags: Args) -> list[dict[str, Any]]:
         memory_fraction=0.05,  # that much must be free at start; what is taken is weights and KV cache
     )  # fmt: skip
     results = []
-    with RewardPool(flags.reward, flags.reward_workers, flags.reward_time_limit) as rewards:
+    modules = required_modules(flags.reward, examples)
+    with RewardPool(flags.reward, flags.reward_workers, flags.reward_time_limit, modules) as rewards:
         for version, folder in enumerate(checkpoints):
             model = load_model(folder, device)
             plan = SyncPlan.build(model, engine.model)

@@ -3,13 +3,15 @@
 import json
 import subprocess
 import sys
-import types
 
+import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import answers
 import data
+import rewards
 from data import (
     ARITHMETIC_LEVELS,
     DataError,
@@ -110,7 +112,7 @@ VERL = {
         ({"prompt": "Q?", "answer": "Paris"}, "Q?", "Paris", "exact"),
         ({"prompt": [{"role": "user", "content": "Q?"}], "answer": "#### 2"}, "Q?", "2", "gsm8k"),
         ({"prompt": "P?", "question": "Q?", "answer": "2"}, "P?", "2", "number"),
-        (VERL, "1 + 1?", "2", "number"),
+        (VERL, "1 + 1?", "2", "math-verify"),
         (VERL | {"data_source": "openai/gsm8k"}, "1 + 1?", "2", "gsm8k"),
         (VERL | {"data_source": None, "answer": "3"}, "1 + 1?", "2", "number"),
         ({"prompt": VERL["prompt"], "reward_spec": {"ground_truth": "2"}}, "1 + 1?", "2", "number"),
@@ -259,7 +261,7 @@ def test_fuzz_row_reader(rows):
         return
     assert len(examples) == len(rows)
     for e in examples:
-        assert e.answer.strip() == e.answer != "" and e.reward in data.REWARDS
+        assert e.answer.strip() == e.answer != "" and e.reward in rewards.REWARDS and e.marker in answers.MARKERS
         assert e.messages and all(m["role"].strip() and m["content"].strip() for m in e.messages)
 
 
@@ -268,15 +270,15 @@ def test_fuzz_row_reader(rows):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Stands in for the `datasets` package: hub[name, config] is a dict of splits."""
+    """Stands in for the Hub: hub[name, config] is a dict of splits, each a list of rows, or what loading raises."""
     stored = {}
 
     def load_dataset(name, config=None):
         if isinstance(stored[name, config], Exception):
             raise stored[name, config]
-        return stored[name, config]
+        return {split: datasets.Dataset.from_list(rows) for split, rows in stored[name, config].items()}
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return stored
 
 
