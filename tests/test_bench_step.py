@@ -291,7 +291,6 @@ def test_smaller_micro_batches_are_tried_where_memory_runs_out(tmp_path, monkeyp
 # ---- a whole run
 
 
-@pytest.mark.slow
 @needs_tiny_model
 @needs_engine
 def test_bench_step_from_end_to_end(tmp_path):
