@@ -149,7 +149,11 @@ def saved_on_failure(save: Callable[[], Path | None]) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, RewardError) as error:  # EngineError, SyncError; torch's and vLLM's own are RuntimeErrors too
-        folder = save()
+        try:
+            folder = save()
+        except RunFolderError as earlier:  # of the thread that wrote the checkpoint before
+            print(f"error: {earlier}", file=sys.stderr, flush=True)
+            folder = save()
         if folder:
             print(f"checkpoint {folder}", file=sys.stderr, flush=True)
         if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():

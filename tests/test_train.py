@@ -548,6 +548,39 @@ def test_a_failure_in_the_middle_saves_what_was_learned(fake, tmp_path, monkeypa
     assert "step-000002" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("then", ["goes on", "fails"])
+def test_a_checkpoint_that_a_thread_could_not_write_does_not_cost_the_next(fake, tmp_path, monkeypatch, capsys, then):
+    """The first save, beside the run, finds a full disk; the next save says so, ends the run, and is made. So it is
+    where the run fails of itself before that."""
+    snapshot, calls = Policy.snapshot, []
+
+    def full_at_first(self, tokenizer):
+        write, first = snapshot(self, tokenizer), not calls
+        calls.append(1)
+
+        def work(folder):
+            if first:
+                raise OSError(28, "No space left on device")
+            write(folder)
+
+        return work
+
+    monkeypatch.setattr(Policy, "snapshot", full_at_first)
+    if then == "fails":
+
+        def stale(self, turn=0, full=False):
+            if turn == 2:
+                raise train.SyncError("layer 1 is stale")
+
+        monkeypatch.setattr(FakePlan, "verify", stale)
+    with pytest.raises(SystemExit) as ended:
+        run_main(monkeypatch, *one_or_two(tmp_path), "--steps=3", "--save-every=1", "--eval-every=0", "--run-name=x")
+    kept = sorted(p.name for p in (tmp_path / "runs" / "x" / "checkpoints").iterdir())
+    said = str(ended.value) + capsys.readouterr().err
+    assert kept == ["step-000002"] and "step-000001 could not be written" in said and "No space left" in said
+    assert ("stale" in str(ended.value)) == (then == "fails")
+
+
 def test_a_second_signal_ends_at_once_and_handlers_come_back():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     stop = train.StopRequest()
