@@ -34,7 +34,7 @@ LOG_RATIO_LIMIT = 20.0  # nats; e^20 = 4.9e8 keeps exp, its square and exp's gra
 class Weights(NamedTuple):
     """Of each token [T]: float32 without gradient; bool, the cap lowered it; bool, the band took it out."""
 
-    weights: Tensor
+    is_weights: Tensor
     capped: Tensor
     masked: Tensor
 
@@ -151,12 +151,12 @@ class Correction:
             raise ValueError(f"--correction {self.name} needs the lengths of the sequences")
         delta = old_logprobs.detach().double() - rollout_logprobs.detach().double()
         log_ratio = kind.log_ratio(delta, mask, lengths_N)
-        ratio, weights = _ratio(log_ratio), kind.weight(log_ratio)
-        capped = mask & (weights > self.limit)
+        ratio, is_weights = _ratio(log_ratio), kind.weight(log_ratio)
+        capped = mask & (is_weights > self.limit)
         low, high = self.band
         masked = mask & ((ratio < low) | (ratio > high)) if kind.band else torch.zeros_like(mask)
-        weights = torch.where(masked, 0.0, weights.clamp(max=self.limit))
-        return Weights(weights.float(), capped, masked)
+        is_weights = torch.where(masked, 0.0, is_weights.clamp(max=self.limit))
+        return Weights(is_weights.float(), capped, masked)
 
 
 def sequence_sums(values_T: Tensor, lengths_N: Tensor) -> Tensor:

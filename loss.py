@@ -245,8 +245,8 @@ def policy_loss(
     policy, old, rollout, advantages = (torch.where(mask, x, 0.0) for x in inputs)
     reference = rollout if correction.kind.direct else old
     token_loss, stats = dapo_token_loss(policy, reference, advantages, clip_low, clip_high, dual_clip)
-    weights, capped, masked = correction.weights(old, rollout, mask, lengths_N)
-    loss = token_mean(weights * token_loss, mask, denominators)
+    is_weights, capped, masked = correction.weights(old, rollout, mask, lengths_N)
+    loss = token_mean(is_weights * token_loss, mask, denominators)
     if lengths_N is None:
         lengths_N = mask.new_tensor([mask.shape[0]], dtype=torch.long)
 
@@ -256,8 +256,8 @@ def policy_loss(
     return loss, {  # no flag is set on a masked-out token: its advantage is 0 here
         "tokens": mask.sum(),
         "ratio_sum": _masked_sum(stats.ratio.double(), mask),
-        "is_weights_sum": _masked_sum(weights.double(), mask),
-        "is_weights_max": _masked_max(weights, mask),
+        "is_weights_sum": _masked_sum(is_weights.double(), mask),
+        "is_weights_max": _masked_max(is_weights, mask),
         "is_capped": capped.sum(),
         "is_masked": masked.sum(),
         "sequences": sequences(mask),

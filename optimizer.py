@@ -27,6 +27,16 @@ class OptimizerError(RuntimeError):
     """The optimizer cannot be built here; the message names the flag or package."""
 
 
+def check_states(states: str) -> None:
+    """OptimizerError if a package is missing for these states."""
+    if states == "8bit":
+        try:
+            import torchao.optim  # noqa: F401
+        except ImportError as error:
+            message = f"--optimizer-states 8bit needs the package torchao ({error}): pip install torchao"
+            raise OptimizerError(message) from error
+
+
 class MasterAdamW:
     """AdamW (arXiv 1711.05101) for bf16 `weights`, with fp32 gradients that the caller sums into `grads`.
 
@@ -195,12 +205,9 @@ class MasterAdamW:
     def _build_eight_bit(self) -> Any:
         if self.offload:
             raise OptimizerError("--optimizer-states 8bit stays on the GPU; use fp32 or bf16 with --offload-optimizer")
-        try:
-            from torchao.optim import AdamW8bit
-        except ImportError as error:
-            raise OptimizerError(
-                f"--optimizer-states 8bit needs the package torchao ({error}): pip install torchao"
-            ) from (error)
+        check_states(self.states)
+        from torchao.optim import AdamW8bit
+
         for master, grad in zip(self.masters, self.grads, strict=True):
             master.requires_grad_()
             master.grad = grad

@@ -49,7 +49,7 @@ from memory import (
     model_sizes,
     plan_memory,
 )
-from optimizer import OptimizerError
+from optimizer import OptimizerError, check_states
 from packing import PackingError
 from policy import Batch, Policy, PolicyError, load_model
 from quant_sync import SyncError, SyncPlan
@@ -57,7 +57,7 @@ from reward_pool import RewardPool
 from rewards import RewardError, required_modules
 from rollout import Engine, Group, sample_groups
 from run_folder import RunFolder, RunFolderError, check_free, default_run_name
-from weight_sources import Source
+from weight_sources import rounded_sources
 
 # ---- the loop
 
@@ -68,6 +68,7 @@ def train(args: Args) -> Path:
     run_name = args.run_name or default_run_name(args.model)
     check_free(args.runs_dir, run_name)
     check_platform(args.rollout_quant, args.kv_cache_dtype)
+    check_states(args.optimizer_states)
     config, tokenizer = load_config(args)
     args, memory, skip = plan_device(args, config)
     used = MemoryLog(memory, args.memory_bytes) if torch.cuda.is_available() else None
@@ -278,7 +279,8 @@ def build(
     if used is not None:
         used.mark("engine")
     model = load_model(args.model, device, args.trust_remote_code)
-    plan = SyncPlan.build(policy_sources(model, args.rollout_quant, skip), engine.model)
+    bits = SIMULATED.get(args.rollout_quant)
+    plan = SyncPlan.build(rounded_sources(model, bits, skip) if bits else model, engine.model)
     plan.check_formats(args.rollout_quant, skip)
     plan.check_coverage(engine.weight_blocks())
     if args.prove_sync and args.rollout_quant != "int8":
@@ -310,19 +312,6 @@ def build(
         flush=True,
     )
     return engine, policy, plan, PromptStream(prompts, args.seed), held_out, rewards
-
-
-def policy_sources(
-    model: torch.nn.Module, quant: str, skip: list[str]
-) -> "torch.nn.Module | dict[str, torch.Tensor | Source]":
-    """What the sync reads: the model, or with a simulated format its linear layers rounded."""
-    if quant not in SIMULATED:
-        return model
-    linear = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n} - set(skip)
-    return {
-        n: Source.rounded(n, p, SIMULATED[quant]) if n.removesuffix(".weight") in linear and p.dim() == 2 else p
-        for n, p in model.named_parameters(remove_duplicate=False)
-    }
 
 
 def load_config(args: Args) -> tuple[Any, Any]:

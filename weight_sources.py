@@ -4,7 +4,7 @@ Axes: O/I output/input features of a weight, R rank of a LoRA adapter.
 """
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,15 @@ class Source:
             out.copy_((exact / scale).round() * scale)
 
         return Source(name, tuple(weight.shape), weight.dtype, fill=fill, watched=(weight,))
+
+
+def rounded_sources(model: torch.nn.Module, bits: int, skip: Sequence[str]) -> "dict[str, torch.Tensor | Source]":
+    """The sources of an HF model whose linear layers, but those of `skip`, are to be rounded to `bits` bits."""
+    linear = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n} - set(skip)
+    return {
+        name: Source.rounded(name, p, bits) if name.removesuffix(".weight") in linear and p.dim() == 2 else p
+        for name, p in model.named_parameters(remove_duplicate=False)
+    }
 
 
 class Watch:

@@ -6,8 +6,15 @@
 import runtime  # noqa: F401
 
 # isort: split
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(items):
@@ -87,3 +94,19 @@ def start_engine():
 
     yield start
     alive.clear()
+
+
+@pytest.fixture
+def run_with_triton():
+    """Run a Python script in a process of its own, with Triton's interpreter or its compiler; returns what it printed.
+    TRITON_INTERPRET is read when Triton is imported."""
+
+    def run(script, interpreted):
+        env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        if interpreted:
+            env["TRITON_INTERPRET"] = "1"
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run

@@ -43,9 +43,9 @@ def weights(correction, ratios=RATIOS, mask=MASK, lengths=LENGTHS):
 )
 def test_weights_by_hand(correction, expected, capped, masked):
     found = weights(correction)
-    torch.testing.assert_close(found.weights[MASK], torch.tensor(expected).float())
+    torch.testing.assert_close(found.is_weights[MASK], torch.tensor(expected).float())
     assert (int(found.capped.sum()), int(found.masked.sum())) == (capped, masked)
-    assert found.weights.dtype == torch.float32 and not found.weights.requires_grad
+    assert found.is_weights.dtype == torch.float32 and not found.is_weights.requires_grad
 
 
 ratio = st.floats(-3, 3)
@@ -63,7 +63,7 @@ def packed(rows):
 def test_limits_meet(rows):
     """No cap and a band wide open are plain importance sampling, by token and by sequence."""
     ratios, mask, lengths = packed(rows)
-    find = lambda *a, **k: weights(Correction(*a, **k), ratios, mask, lengths).weights[mask]  # noqa: E731
+    find = lambda *a, **k: weights(Correction(*a, **k), ratios, mask, lengths).is_weights[mask]  # noqa: E731
     plain = find("token-is")
     torch.testing.assert_close(find("token-tis", INF), plain)
     torch.testing.assert_close(find("token-mask", low=0.0, high=INF), plain)
@@ -71,7 +71,7 @@ def test_limits_meet(rows):
     torch.testing.assert_close(find("geometric-mask", low=0.0, high=INF), find("none"))
     assert (find("token-tis", 1.5) <= 1.5).all()
     one_each = weights(Correction("sequence-tis", 1.5), ratios, mask, torch.ones_like(lengths[:1]).expand(len(mask)))
-    torch.testing.assert_close(one_each.weights[mask], find("token-tis", 1.5))
+    torch.testing.assert_close(one_each.is_weights[mask], find("token-tis", 1.5))
 
 
 @pytest.mark.parametrize("name", CORRECTIONS)
@@ -119,7 +119,7 @@ def test_sequences_with_a_masked_or_capped_token_are_counted():
 def test_a_huge_gap_stays_finite():
     ratios = torch.tensor([1e-30, 1e30, 1.0, 1e30, 1e30])
     for name in CORRECTIONS:
-        assert weights(Correction(name), ratios).weights.isfinite().all()
+        assert weights(Correction(name), ratios).is_weights.isfinite().all()
 
 
 def test_sequence_sums_of_empty_sequences_are_zero():

@@ -1,10 +1,5 @@
 """Log-probs in chunks against the plain computation, and the GPU's kernels in Triton's interpreter and compiler."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,7 +7,6 @@ import head_logprobs
 from head_logprobs import head_logprobs as chunked
 
 T, H, V = 37, 16, 301
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def inputs(dtype=torch.float32, scale=1.0):
@@ -132,11 +126,5 @@ print("compiled")
 @pytest.mark.parametrize(
     ("script", "word"), [(INTERPRETED, "compared"), (COMPILED, "compiled")], ids=["run", "compile"]
 )
-def test_the_gpus_kernels(script, word):
-    """In a process of their own: TRITON_INTERPRET is read when Triton is imported."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    if word == "compared":
-        env["TRITON_INTERPRET"] = "1"
-    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.split() == [word]
+def test_the_gpus_kernels(run_with_triton, script, word):
+    assert run_with_triton(script, interpreted=word == "compared").split() == [word]

@@ -27,7 +27,7 @@ def close(actual, expected, **tolerance):
 def tis(old, rollout, cap):
     """Weights of token-tis, or of no correction."""
     correction = Correction("none") if cap is None else Correction("token-tis", cap)
-    return correction.weights(old, rollout, torch.ones(len(old), dtype=torch.bool)).weights
+    return correction.weights(old, rollout, torch.ones(len(old), dtype=torch.bool)).is_weights
 
 
 def each_its_own(mask):

@@ -1,18 +1,13 @@
 """AdamW on masters: against torch's own, resident and through the slots, in every format of its moments, updates that
 bf16 alone would lose, and the GPU's kernel in Triton's interpreter and compiler."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import optimizer
 from optimizer import STATE_BYTES, MasterAdamW, OptimizerError
-
-ROOT = Path(__file__).resolve().parent.parent
 
 SHAPES = [(7, 5), (3,), (64, 3), (1,), (100,)]
 
@@ -213,11 +208,5 @@ print("compiled")
 @pytest.mark.parametrize(
     ("script", "word"), [(INTERPRETED, "compared"), (COMPILED, "compiled")], ids=["run", "compile"]
 )
-def test_the_gpus_kernel(script, word):
-    """In a process of its own: TRITON_INTERPRET is read when Triton is imported."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    if word == "compared":
-        env["TRITON_INTERPRET"] = "1"
-    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.split() == [word]
+def test_the_gpus_kernel(run_with_triton, script, word):
+    assert run_with_triton(script, interpreted=word == "compared").split() == [word]

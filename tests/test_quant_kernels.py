@@ -6,11 +6,8 @@ It shows which bytes they read and write and what they compute, not what a compi
 import dataclasses
 import importlib
 import math
-import os
-import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -765,13 +762,9 @@ compile(k._rows_kernel, ROWS=1, HEAD=16384, TAIL=16384, INT8=False, ALIGNED=Fals
 """
 
 
-def test_kernels_compile_for_a_gpu_that_is_not_there():
+def test_kernels_compile_for_a_gpu_that_is_not_there(run_with_triton):
     """What the interpreter accepts, the compiler may not; and loads of aligned tensors must be 16 bytes wide."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    root = str(Path(__file__).resolve().parent.parent)
-    run = subprocess.run([sys.executable, "-c", COMPILE], cwd=root, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    lines = run.stdout.splitlines()
+    lines = run_with_triton(COMPILE, interpreted=False).splitlines()
     assert len(lines) == 10
     for line in lines:
         loads = int(line.rsplit(" ", 1)[1])

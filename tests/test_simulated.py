@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import train
 from config import TINY_MODEL
 from engine_options import SIMULATED
 from policy import load_model
 from quant_sync import SyncError, SyncPlan
-from weight_sources import Source
+from weight_sources import Source, rounded_sources
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -43,7 +42,7 @@ def rig(start_engine):
     model = load_model(TINY_MODEL, CPU)
     skip = ["model.layers.0.mlp.down_proj"]
     engine = start_engine(TINY_MODEL, quant="int3-sim")
-    plan = SyncPlan.build(train.policy_sources(model, "int3-sim", skip), engine.model)
+    plan = SyncPlan.build(rounded_sources(model, SIMULATED["int3-sim"], skip), engine.model)
     plan.check_formats("int3-sim", skip)
     return model, engine, plan, skip
 
@@ -71,11 +70,6 @@ def test_only_linear_layers_are_rounded_and_follow_the_policy(rig):
 def test_vllms_loader_agrees(rig):
     _, engine, plan, _ = rig
     assert plan.prove(engine.load_by_vllm) == len(plan.rows)
-
-
-def test_a_model_in_no_simulated_format_is_read_as_it_is():
-    model = torch.nn.Linear(2, 2)
-    assert train.policy_sources(model, "fp8", []) is model
 
 
 def run_evaluate(*arguments):

@@ -594,6 +594,13 @@ def test_a_second_signal_ends_at_once_and_handlers_come_back():
 # ---- what cannot work: one line, the flag's name, no folder, and no engine built
 
 
+def test_8_bit_moments_without_torchao_are_refused_before_anything_is_built(fake, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(SystemExit, match="pip install torchao"):
+        run_main(monkeypatch, *one_or_two(tmp_path), "--optimizer-states=8bit")
+    assert fake == [] and not (tmp_path / "runs").exists()
+
+
 def gpt2_folder(path: Path) -> Path:
     """A model of a family that is not mapped, with a tokenizer and a chat template."""
     tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL)
