@@ -218,12 +218,15 @@ def plan_memory(
 
 
 def host_memory() -> int:
-    """Bytes of the host's memory that this process may still take: what is available, or a container's limit leaves."""
+    """Bytes of the host's memory that this process may still take: what is available, or a container's limit leaves.
+    Cached files do not count as taken: the kernel drops them when memory is asked for."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
     if limit.exists() and limit.read_text().strip() != "max":
-        available = min(available, int(limit.read_text()) - int(used.read_text()))
+        stat = dict(line.split() for line in (limit.parent / "memory.stat").read_text().splitlines())
+        taken = int(used.read_text()) - int(stat["active_file"]) - int(stat["inactive_file"])
+        available = min(available, int(limit.read_text()) - taken)
     return available
 
 

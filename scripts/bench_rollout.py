@@ -9,7 +9,8 @@ One process, dummy weights (every sample has the full length), one engine for ea
     no logprobs    none at all: the bound of what cheaper log-probs could give
 
 "fast" has the last two with fast_scheduler.py, and "kept logprobs": they stay in the scheduler, where rollout.Engine
-takes them, so that this row is what it reaches.
+takes them, so that this row is what it reaches. "process" is vLLM's own scheduler with the engine in a process of its
+own (vLLM's default outside of training), where only the outputs' Python is timed, and no collector rests there.
 
 "python, us" is what schedule, update_from_output and process_outputs took of the row's time, each in microseconds a
 token; their timers are on in every row. With async scheduling (vLLM's default on a GPU) the GPU works meanwhile.
@@ -60,7 +61,11 @@ CALLS = {  # name -> options of SamplingParams, whether the collector rests
     "kept logprobs": ({"logprobs": 0, "detokenize": False, "flat_logprobs": True}, True),
     "no logprobs": ({"detokenize": False}, True),
 }
-OF = {"vllm": [c for c in CALLS if c != "kept logprobs"], "fast": ["gc off", "kept logprobs", "no logprobs"]}
+OF = {
+    "vllm": [c for c in CALLS if c != "kept logprobs"],
+    "process": [c for c in CALLS if c != "kept logprobs"],
+    "fast": ["gc off", "kept logprobs", "no logprobs"],
+}
 
 
 class Clock:
@@ -68,8 +73,9 @@ class Clock:
 
     def __init__(self, scheduler: Any, output_processor: Any):
         self.seconds = {"schedule": 0.0, "update": 0.0, "outputs": 0.0}
-        self._watch(scheduler, "schedule", "schedule")
-        self._watch(scheduler, "update_from_output", "update")
+        if scheduler is not None:  # None: it lives in another process
+            self._watch(scheduler, "schedule", "schedule")
+            self._watch(scheduler, "update_from_output", "update")
         self._watch(output_processor, "process_outputs", "outputs")
 
     def _watch(self, owner: Any, method: str, name: str) -> None:
@@ -234,9 +240,12 @@ def invent(args: argparse.Namespace, label: str, name: str, is_async: bool) -> d
 # ---- the engine
 
 
-def start_engine(args: argparse.Namespace, folder: str, fast: bool) -> Any:
+def start_engine(args: argparse.Namespace, folder: str, label: str) -> Any:
     import vllm
 
+    fast = label == "fast"
+    vllm.envs.disable_envs_cache()  # an engine before this one made vLLM keep its variables
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(label == "process"))
     on_gpu = check_platform(args.quant)
     if not on_gpu:
         import cpu_backend
@@ -260,6 +269,9 @@ def start_engine(args: argparse.Namespace, folder: str, fast: bool) -> Any:
 def release(llm: Any) -> None:
     """Free an engine's weights and KV cache. The object itself must live on, since vLLM's finalizer ends what all
     engines share; so must buffers, which they share too (the rotary embedding's)."""
+    if not hasattr(llm.llm_engine, "model_executor"):
+        llm.llm_engine.engine_core.shutdown()  # its process
+        return
     model = llm.apply_model(lambda module: module)[0]
     caches = llm.llm_engine.model_executor.driver_worker.worker.model_runner.kv_caches
     for tensor in [*model.parameters(), *caches]:
@@ -304,9 +316,9 @@ def engines(args: argparse.Namespace, report: dict[str, Any]) -> list[dict[str, 
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
             model = str(TOKENIZER) if args.shape == "tiny" else save_config(args.shape, folder)
-            llm = start_engine(args, model, fast=label == "fast")
+            llm = start_engine(args, model, label)
         keep.append(llm)
-        scheduler = fast_scheduler.scheduler_of(llm)
+        scheduler = None if label == "process" else fast_scheduler.scheduler_of(llm)
         report.setdefault("engine_start_s", []).append(round(time.perf_counter() - start, 1))
         config = llm.llm_engine.vllm_config
         report["async_scheduling"] = config.scheduler_config.async_scheduling
@@ -354,7 +366,7 @@ def main() -> None:
     parser.add_argument("--kv-cache-gib", type=float, default=8.0)
     parser.add_argument("--runner", choices=["v1", "v2"], help="vLLM's model runner (default: vLLM's choice)")
     parser.add_argument("--async-scheduling", choices=["default", "on", "off"], default="default")
-    parser.add_argument("--schedulers", nargs="+", choices=["vllm", "fast"], default=["vllm", "fast"])
+    parser.add_argument("--schedulers", nargs="+", choices=OF, default=["vllm", "fast"])
     parser.add_argument("--calls", nargs="+", choices=CALLS, default=list(CALLS))
     parser.add_argument("--repeat", type=int, default=2, help="calls of a kind, of which the best counts")
     parser.add_argument("--profile", action="store_true", help="print where one call of each engine spends its time")
