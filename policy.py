@@ -191,6 +191,27 @@ class Policy:
                 pieces[row] = piece
         return torch.cat([p for p in pieces if p is not None])
 
+    @torch.no_grad()
+    def noise_floor(self, sequences: list[tuple[list[int], list[int]]]) -> float:
+        """Mean abs difference of the responses' log-probs [nats] between the trainer's path (packed, compiled, chunked)
+        and transformers' own, each (prompt, response) by itself with sdpa and logits in fp32: two bf16 computations with
+        the same weights. A gap between sampler and trainer of this size is rounding, not quantization."""
+        total, tokens = 0.0, sum(len(response) for _, response in sequences)
+        nothing = torch.zeros(tokens, device=self.device)
+        batch = Batch([p for p, _ in sequences], [r for _, r in sequences], nothing, nothing, nothing.bool())
+        packed = self.logprobs(batch)[0].split([len(r) for _, r in sequences])
+        self.model.set_attn_implementation("sdpa")
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                for (prompt, response), logprobs in zip(sequences, packed, strict=True):
+                    ids = torch.tensor([prompt + response], device=self.device)
+                    logits = self.model(ids, use_cache=False, logits_to_keep=len(response) + 1).logits[0, :-1].float()
+                    plain = (logits / self.temperature).log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+                    total += float((plain - logprobs).abs().sum())
+        finally:
+            self.model.set_attn_implementation(packing.ATTENTION)
+        return total / tokens
+
     # -- updates -------------------------------------------------------------------------------------------------
 
     def current_lr(self) -> float:

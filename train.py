@@ -115,6 +115,9 @@ def train(args: Args) -> Path:
                     engine.wake("kv_cache")
                     accuracy = evaluate(engine, held_out, rewards, args, run, step)
                 metrics["eval/accuracy"] = accuracy
+            if groups and (step == 1 or "eval/accuracy" in metrics):
+                with clock("eval"):
+                    metrics["mismatch/bf16_floor"] = policy.noise_floor(few_sequences(groups))
             metrics |= clock.metrics() | {
                 "reward/errors": rewards.errors,
                 "reward/timeouts": rewards.timeouts,
@@ -421,6 +424,11 @@ def build_batch(groups: list[Group], args: Args, device: torch.device) -> tuple[
         "train/tokens_nonfinite": int((sampled & ~mask).sum()),
         "reward/overlong_penalty_mean": float(penalty_N.mean()),
     }
+
+
+def few_sequences(groups: list[Group]) -> list[tuple[list[int], list[int]]]:
+    """(prompt, response) of one sample of each of eight groups; the responses' first 512 tokens will do."""
+    return [(g.prompt.token_ids, g.samples[0].token_ids[:512]) for g in groups[:8]]
 
 
 def split_groups(groups: int, samples: int, parts: int) -> Iterator[list[int]]:

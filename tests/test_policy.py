@@ -556,3 +556,22 @@ def test_dropout_is_off():
     empty = torch.zeros(3)
     batch = Batch([[1, 2]], [[3, 4, 5]], empty, empty, empty.bool())
     assert torch.equal(policy.logprobs(batch)[0], policy.logprobs(batch)[0])
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_noise_floor_is_rounding_alone(family):
+    """Nothing in fp32, at most a rounding error in bf16, and the whole gap where the two paths really differ."""
+    sequences = [([1, 2, 3], [4, 5, 6, 7]), ([8], [9, 10]), ([11, 12], [13])]
+    exact = make_policy(family, temperature=0.7)
+    assert exact.noise_floor(sequences) < 1e-5
+    rounded = make_policy(family, torch.bfloat16)
+    assert rounded.noise_floor(sequences) < BF16
+    assert rounded.model.config._attn_implementation == packing.ATTENTION
+    whole = exact.logprobs
+
+    def shifted(batch):
+        logprobs, entropy = whole(batch)
+        return logprobs + 0.25, entropy
+
+    exact.logprobs = shifted
+    assert exact.noise_floor(sequences) == pytest.approx(0.25, abs=1e-4)
