@@ -193,8 +193,8 @@ class Policy:
 
     @torch.no_grad()
     def noise_floor(self, sequences: list[tuple[list[int], list[int]]]) -> float:
-        """Mean abs difference of the responses' log-probs [nats] between the trainer's path (packed, compiled, chunked)
-        and transformers' own, each (prompt, response) by itself with sdpa and logits in fp32: two bf16 computations with
+        """Mean abs difference [nats] of the responses' log-probs between the trainer's path (packed, compiled, chunked)
+        and transformers' own, each (prompt, response) by itself with sdpa and fp32 logits: two bf16 computations with
         the same weights. A gap between sampler and trainer of this size is rounding, not quantization."""
         total, tokens = 0.0, sum(len(response) for _, response in sequences)
         nothing = torch.zeros(tokens, device=self.device)
