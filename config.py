@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from alarms import Thresholds
 from corrections import CORRECTIONS, Correction
 from loss import ADVANTAGES, REDUCTIONS
 
@@ -23,6 +24,7 @@ TINY_DEFAULTS: dict[str, Any] = {
     "lr": 3e-4,
     "eval_size": 512,
     "eval_every": 20,
+    "save_every": 20,
 }
 REAL_DEFAULTS: dict[str, Any] = {
     "data": "gsm8k",
@@ -34,17 +36,25 @@ REAL_DEFAULTS: dict[str, Any] = {
     "lr": 1e-6,
     "eval_size": 512,
     "eval_every": 10,
+    "save_every": 20,
 }
 
 
 POSITIVE = ("steps", "prompts_per_step", "max_prompt_len", "max_response_len", "max_sample_rounds", "max_num_seqs",
-            "lr", "micro_batch_tokens", "updates_per_batch", "max_grad_norm", "temperature",
+            "keep_last", "lr", "micro_batch_tokens", "updates_per_batch", "max_grad_norm", "temperature",
             "reward_workers", "reward_time_limit")  # fmt: skip
 AT_LEAST_ZERO = ("eval_size", "eval_every", "save_every", "warmup_steps", "weight_decay", "clip_low",
                  "log_samples", "overlong_buffer", "seed")  # fmt: skip
 
 
 DEFAULT_TIS_CAP = 2.0
+
+# Flags that may differ between a run and what goes on with it: they change nothing that it computes.
+FREE = ("steps", "save_every", "keep_last", "resume", "run_name", "runs_dir", "alarms", "log_samples", "wandb",
+        "reward_workers", "reward_time_limit", "prove_sync", "fast_scheduler", "sleep", "memory_gib", "kv_cache_gib",
+        "trust_remote_code")  # fmt: skip
+# Flags that the memory plan chooses where they are None; config.json has its choice, and a resumed run keeps to it.
+BY_MACHINE = ("micro_batch_tokens", "gradient_checkpointing", "offload_optimizer", "compile")
 
 
 class ConfigError(ValueError):
@@ -175,12 +185,19 @@ class Args:
     """Order of the prompts and the sampler's randomness."""
     eval_every: int | None = None
     """Evaluate every this many steps, and before the first and after the last; 0 for never. None: 10; 20."""
-    save_every: int = 0
-    """Checkpoint every this many steps; 0 only at the end."""
+    save_every: int | None = None
+    """Checkpoint every this many steps and after the best evaluation; 0 only at the end. None: 20."""
+    keep_last: int = 1
+    """Checkpoints to keep beside the best one, at least 1."""
+    resume: str | None = None
+    """Run folder to go on with, from its last checkpoint; its config.json gives all flags. The same command with the
+    --run-name of a folder that exists goes on too."""
     run_name: str | None = None
     """Folder under --runs-dir. None: the model's name and the time."""
     runs_dir: str = "runs"
     """Where run folders go."""
+    alarms: Thresholds = field(default_factory=Thresholds)
+    """When a run says that something is wrong, or ends for it (alarms.py)."""
     log_samples: int = 4
     """Samples a step written to samples.jsonl."""
     wandb: bool = False
@@ -216,6 +233,31 @@ class Args:
         args = dataclasses.replace(self, **unset)
         args._check()
         return args
+
+    def resumed(self, saved: dict[str, Any], by_name: bool) -> "Args":
+        """These arguments for going on with a run whose config.json is `saved`, unresolved as they are.
+
+        A flag left at its default takes the run's value, unless the run was named (`by_name`): then the command is
+        the run's own and every flag has been said. Raises ConfigError for a value that would change the result.
+        """
+        run = _of_json(saved)
+        asked = self.resolved() if by_name else self
+        values: dict[str, Any] = {}
+        for f in dataclasses.fields(Args):
+            name, value, default = f.name, getattr(asked, f.name), _default(f)
+            chosen_by_plan = name in BY_MACHINE and value is None
+            if name not in run or (name in FREE and (by_name or value != default)):
+                values[name] = value
+            elif chosen_by_plan or value == run[name] or (not by_name and value == default):
+                values[name] = run[name]
+            elif name in BY_MACHINE:
+                values[name] = value
+            else:
+                raise ConfigError(
+                    f"{_flag(name)} {value} would change the result of this run, which has {run[name]}; leave it as it "
+                    "was, or begin another run with another --run-name"
+                )
+        return dataclasses.replace(self, **values)
 
     def _check(self) -> None:
         for name in POSITIVE:
@@ -282,6 +324,21 @@ class Args:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{_flag(name)} is {value}; it must be greater than 0, and finite")
+
+
+def _default(f: dataclasses.Field) -> Any:
+    return f.default if f.default is not dataclasses.MISSING else f.default_factory()
+
+
+def _of_json(saved: dict[str, Any]) -> dict[str, Any]:
+    """Fields of Args from a run's config.json, where infinity is a string. Raises ConfigError for what is no field."""
+    unknown = sorted(set(saved) - {f.name for f in dataclasses.fields(Args)})
+    if unknown:
+        raise ConfigError(f"config.json of the run has {', '.join(unknown)}, which this version does not know")
+    values = {k: math.inf if v == "inf" else v for k, v in saved.items()}
+    if "alarms" in values:
+        values["alarms"] = Thresholds(**values["alarms"])
+    return values
 
 
 def _flag(name: str) -> str:

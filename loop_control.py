@@ -1,13 +1,25 @@
-"""Timing the phases of a step, and stopping a run between them."""
+"""Timing the phases of a step, stopping a run, and what it goes on from."""
 
+import copy
+import dataclasses
 import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from checkpoint import Checkpoint, LoopState, random_states
+
+if TYPE_CHECKING:
+    from alarms import Alarms
+    from data import PromptStream
+    from policy import Policy
+    from reward_pool import RewardPool
+    from run_folder import RunFolder
 
 
 class Clock:
@@ -54,11 +66,16 @@ class _Mark:
         return other._event.elapsed_time(self._event) / 1e3
 
 
+class Stopped(Exception):
+    """A signal came in a part of a step that may be given up."""
+
+
 class StopRequest:
-    """Ctrl-C and SIGTERM: the first asks the loop to finish its phase and save, a second one ends at once."""
+    """Ctrl-C and SIGTERM: the first asks the loop to save at the next point where it may, a second one ends at once."""
 
     def __init__(self) -> None:
         self.requested = False
+        self._may_stop = False
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -69,9 +86,67 @@ class StopRequest:
             for s, handler in previous.items():
                 signal.signal(s, handler)
 
+    @contextmanager
+    def allowed(self) -> Iterator[None]:
+        """`check` raises in here: what is done of this step may be given up, a resumed run does it again."""
+        self._may_stop = True
+        try:
+            yield
+        finally:
+            self._may_stop = False
+
+    def check(self) -> None:
+        """Stopped, if a signal has come."""
+        if self.requested and self._may_stop:
+            raise Stopped
+
     def _handle(self, signum: int, frame: Any) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
         # os.write: print would raise if the signal came in the middle of another write to stderr.
-        os.write(2, b"\nstopping: this phase is finished and the policy saved; once more ends at once\n")
+        os.write(2, b"\nstopping: the policy is saved as soon as it is whole; once more ends at once\n")
+
+
+class Progress:
+    """What a run goes on from: all of its state as it was when the last finished step ended.
+
+    A step that is not finished leaves it as it is, so a run that is stopped in the middle of one does that step again.
+    """
+
+    def __init__(
+        self, run: "RunFolder", policy: "Policy", tokenizer: Any, stream: "PromptStream", rewards: "RewardPool",
+        alarms: "Alarms",
+    ):  # fmt: skip
+        self._run, self._policy, self._tokenizer = run, policy, tokenizer
+        self._stream, self._rewards, self._alarms = stream, rewards, alarms
+        self._random: dict[str, torch.Tensor] = {}
+        self.loop = LoopState()
+
+    def finished(self, step: int, **changes: Any) -> None:
+        """Step `step` has ended; `changes` are fields of LoopState."""
+        plain, self._random = random_states()
+        self.loop = dataclasses.replace(
+            self.loop, step=step, stream=self._stream.state_dict(), rewards=self._rewards.counts(),
+            alarms=copy.deepcopy(self._alarms.state), policy=self._policy.numbers(), random=plain, **changes,
+        )  # fmt: skip
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on from it; the policy and its optimizer have their part already. Raises CheckpointError, DataError."""
+        self.loop = checkpoint.loop
+        self._stream.load_state_dict(self.loop.stream)
+        self._rewards.set_counts(self.loop.rewards)
+        self._alarms.state = copy.deepcopy(self.loop.alarms)
+        checkpoint.restore_random()
+        _, self._random = random_states()
+
+    def ahead(self) -> bool:
+        """True if the policy was updated since the last finished step."""
+        return bool(self.loop.policy) and self._policy.numbers() != self.loop.policy
+
+    def save(self, wait: bool = True) -> Path:
+        """A checkpoint of the last finished step. Raises RunFolderError."""
+        if self.ahead():  # a failure after an update, before its step was written down
+            self.finished(self.loop.step + 1)
+        snapshot = self._policy.snapshot(self._tokenizer, self.loop, self._random)
+        return self._run.save_checkpoint(self.loop.step, snapshot, wait, self.loop.best_step)

@@ -118,6 +118,33 @@ class MasterAdamW:
             for i, weight in enumerate(self._weights):
                 self._update(i, 0, weight.detach(), self.grads[i], self.masters[i], *self._moments[i], lr, scale)
 
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """Live masters and moments, "I.master", "I.first", "I.second" (8bit: their codes and scales) of weight I. They
+        and `updates` are all that `step` goes by; who writes into them sets `updates` too (`set_updates`)."""
+        tensors = {f"{i}.master": master.detach() for i, master in enumerate(self.masters)}
+        if self.states != "8bit":
+            for i, (first, second) in enumerate(self._moments):
+                tensors |= {f"{i}.first": first, f"{i}.second": second}
+            return tensors
+        if not self._eight_bit.state:  # torchao makes the moments in its first step; at lr 0 that changes no master
+            self._step_eight_bit(0.0, torch.ones((), device=self.device))
+            self.set_updates(self.updates)
+        for i, master in enumerate(self.masters):
+            for name, key in (("first", "exp_avg"), ("second", "exp_avg_sq")):
+                moment = self._eight_bit.state[master][key]
+                if hasattr(moment, "codes"):
+                    tensors |= {f"{i}.{name}.codes": moment.codes, f"{i}.{name}.scale": moment.scale}
+                else:  # a small tensor stays fp32
+                    tensors[f"{i}.{name}"] = moment
+        return tensors
+
+    def set_updates(self, updates: int) -> None:
+        """Go on as after so many updates."""
+        self.updates = updates
+        if self.states == "8bit":
+            for state in self._eight_bit.state.values():
+                state["step"].fill_(float(updates))
+
     def _update(
         self, i: int, start: int, weight: torch.Tensor, grad: torch.Tensor, master: torch.Tensor, first: torch.Tensor,
         second: torch.Tensor, lr: float, scale: torch.Tensor,

@@ -8,7 +8,7 @@ micro-batch they are autograd's own, in bf16. The optimizer is optimizer.py.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import packing
+from checkpoint import Checkpoint, LoopState, Snapshot
 from head_logprobs import CHUNK_ELEMENTS as LOGITS_CHUNK_ELEMENTS
 from head_logprobs import head_logprobs
 from optimizer import MasterAdamW
@@ -152,7 +153,8 @@ class Policy:
         if compile:  # layer by layer: one graph for all of them, seconds to compile
             for layer in model.base_model.layers:
                 layer.compile(dynamic=True)
-        self._weights = [p for p in model.parameters() if p.requires_grad]
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._names, self._weights = [name for name, _ in named], [p for _, p in named]
         self.optimizer = MasterAdamW(
             self._weights, weight_decay=weight_decay, betas=betas, states=optimizer_states, offload=offload_optimizer
         )
@@ -236,22 +238,38 @@ class Policy:
             self.skipped += 1
         return float(norm), applied
 
-    def snapshot(self, tokenizer: Any) -> Callable[[Path], None]:
-        """Copy the bf16 weights to the host; the function returned writes them and the tokenizer into a folder in HF
-        layout (safetensors), which vLLM and transformers open, while the policy may train on."""
-        copies: dict[tuple[int, torch.Size], torch.Tensor] = {}  # a tied head stays one tensor
-        state = {}
-        for name, tensor in self.model.state_dict().items():
-            key = (tensor.data_ptr(), tensor.shape)
-            if key not in copies:
-                copies[key] = tensor.detach().to("cpu", copy=True)
-            state[name] = copies[key]
+    # -- checkpoints ---------------------------------------------------------------------------------------------
 
-        def write(folder: Path) -> None:
+    def numbers(self) -> dict[str, int]:
+        """Counters that a checkpoint keeps."""
+        return {"updates": self.updates, "skipped": self.skipped, "optimizer_updates": self.optimizer.updates}
+
+    def optimizer_state(self) -> dict[str, torch.Tensor]:
+        """Live master weights and moments, by parameter: "master.NAME", "first.NAME", ..."""
+        named = {}
+        for key, tensor in self.optimizer.state_tensors().items():
+            i, _, kind = key.partition(".")
+            named[f"{kind}.{self._names[int(i)]}"] = tensor
+        return named
+
+    def load_training(self, checkpoint: Checkpoint) -> None:
+        """Master weights, moments and counters of a checkpoint, whose bf16 weights the model has already."""
+        checkpoint.load_optimizer(self.optimizer_state())
+        numbers = checkpoint.loop.policy
+        self.updates, self.skipped = numbers["updates"], numbers["skipped"]
+        self.optimizer.set_updates(numbers["optimizer_updates"])
+
+    def snapshot(self, tokenizer: Any, loop: LoopState, random_tensors: Mapping[str, torch.Tensor]) -> Snapshot:
+        """A checkpoint of now, to be written in any thread: the bf16 policy with its tokenizer in HF layout, which vLLM
+        and transformers open, and beside it all that training goes on from."""
+
+        def write_model(folder: Path, state: dict[str, torch.Tensor]) -> None:
             self.model.save_pretrained(folder, state_dict=state, safe_serialization=True)
             tokenizer.save_pretrained(folder)
 
-        return write
+        return Snapshot(
+            self.model.state_dict(), self.optimizer_state(), write_model, loop, random_tensors, self.optimizer.offload
+        )
 
 
 def _add_to(total: torch.Tensor) -> Any:

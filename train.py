@@ -4,7 +4,9 @@
     python train.py --model Qwen/Qwen2.5-1.5B-Instruct --tis-cap 2.0     # GSM8K, one GPU
     python train.py --help                                               # every flag
 
-The loop is `train()`. What it leaves out today: more than one GPU, LoRA, multi-turn, resuming a run.
+    python train.py --resume runs/NAME                                   # goes on where that run ended, or was ended
+
+The loop is `train()`. What it leaves out today: more than one GPU, LoRA, multi-turn.
 """
 
 import runtime  # noqa: F401  (first: it sets what torch and vLLM read at import)
@@ -24,10 +26,12 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from alarms import AlarmError, Alarms
+from checkpoint import Checkpoint, CheckpointError
 from config import Args, ConfigError
 from data import DataError, Prompt, PromptStream, encode_prompts, load_data
 from engine_options import SIMULATED, EngineError, check_platform, skipped_layers
-from loop_control import Clock, StopRequest
+from loop_control import Clock, Progress, Stopped, StopRequest
 from loss import (
     advantages_by,
     finite_mask,
@@ -56,7 +60,7 @@ from quant_sync import SyncError, SyncPlan
 from reward_pool import RewardPool
 from rewards import RewardError, required_modules
 from rollout import Engine, Group, sample_groups
-from run_folder import RunFolder, RunFolderError, check_free, default_run_name
+from run_folder import RunFolder, RunFolderError, check_free, default_run_name, is_run, saved_config
 from weight_sources import rounded_sources
 
 # ---- the loop
@@ -66,101 +70,153 @@ def train(args: Args) -> Path:
     """Run it all; returns the run folder. `args` must be resolved."""
     stop = StopRequest()
     run_name = args.run_name or default_run_name(args.model)
-    check_free(args.runs_dir, run_name)
+    run = None
+    if args.resume:
+        run = RunFolder(args.runs_dir, run_name, {}, args.wandb, resume=True, keep_last=args.keep_last)
+        check_steps_left(run, args)
+    else:
+        check_free(args.runs_dir, run_name)
     check_platform(args.rollout_quant, args.kv_cache_dtype)
     check_states(args.optimizer_states)
     config, tokenizer = load_config(args)
     args, memory, skip = plan_device(args, config)
     used = MemoryLog(memory, args.memory_bytes) if torch.cuda.is_available() else None
-    engine, policy, plan, stream, held_out, rewards = build(args, memory, skip, tokenizer, used)
-    run = RunFolder(args.runs_dir, run_name, config_of(args), args.wandb)
+    checkpoint = run.checkpoint if run else None
+    engine, policy, plan, stream, held_out, rewards = build(args, memory, skip, tokenizer, used, checkpoint)
+    run = run or RunFolder(args.runs_dir, run_name, config_of(args), args.wandb, keep_last=args.keep_last)
     print(f"run folder {run.path}", flush=True)
-
-    def save(step: int, wait: bool = True) -> Path:
-        return run.save_checkpoint(step, policy.snapshot(tokenizer), wait)
-
-    done, expected_share = 0, 1.0
-    with rewards, stop.watching(), saved_on_failure(lambda: save(done) if done else None):
-        sync_weights(engine, plan, 0, Clock(), full_verify=True)
-        accuracy = evaluate(engine, held_out, rewards, args, run, 0)
-        progress = tqdm(total=args.steps, desc="train", unit="step", disable=not sys.stderr.isatty())
+    alarms = Alarms(args.alarms)
+    progress = Progress(run, policy, tokenizer, stream, rewards, alarms)
+    engine.before_step = stop.check
+    with rewards, stop.watching(), saved_on_failure(progress, run):
+        sync_weights(engine, plan, 0 if checkpoint is None else checkpoint.loop.step, Clock(), full_verify=True)
+        if checkpoint is None:
+            accuracy = evaluate(engine, held_out, rewards, args, run, 0)
+            progress.finished(0, accuracy=None if math.isnan(accuracy) else accuracy)
+        else:
+            progress.resume(checkpoint)
+            print(f"goes on after step {progress.loop.step}, from {checkpoint.folder}", flush=True)
+        first = progress.loop.step + 1
+        bar = tqdm(
+            initial=first - 1, total=args.steps, desc="train", unit="step", disable=not sys.stderr.isatty()
+        )  # fmt: skip
         clock = Clock()
-        for step in range(1, args.steps + 1):
-            with clock("rollout"):
-                engine.wake("kv_cache")
-                groups, metrics = sample_groups(
-                    engine, stream, rewards, prompts=args.prompts_per_step, samples=args.samples_per_prompt,
-                    max_tokens=args.max_response_len,
-                    dynamic=args.dynamic_sampling, max_rounds=args.max_sample_rounds, expected_share=expected_share,
-                )  # fmt: skip
-            if stop.requested:
+        for step in range(first, args.steps + 1):
+            try:
+                with stop.allowed():
+                    with clock("rollout"):
+                        engine.wake("kv_cache")
+                        groups, metrics = sample_groups(
+                            engine, stream, rewards, prompts=args.prompts_per_step, samples=args.samples_per_prompt,
+                            max_tokens=args.max_response_len, dynamic=args.dynamic_sampling,
+                            max_rounds=args.max_sample_rounds, expected_share=progress.loop.expected_share,
+                        )  # fmt: skip
+                    if used is not None and step == first:
+                        used.mark("rollout")
+                    with clock("sleep"):
+                        engine.sleep()
+                    with clock("save"):
+                        run.wait_for_copies()
+                    with clock("train"):
+                        metrics |= train_step(policy, groups, args, clock, stop.check)
+            except Stopped:
                 break
-            if used is not None and step == 1:
-                used.mark("rollout")
-            if args.dynamic_sampling:  # the next step draws for a share a tenth below this one's
-                expected_share = 0.9 * metrics["sampling/groups_mixed"] / metrics["sampling/groups_drawn"]
-            with clock("sleep"):
-                engine.sleep()
-            with clock("train"):
-                metrics |= train_step(policy, groups, args, clock)
-            done = step
             if used is not None:
                 used.mark("train")
             with clock("wake"):
                 engine.wake("weights")
             sync_weights(engine, plan, step, clock)
             last = step == args.steps
+            accuracy = progress.loop.accuracy
             if held_out and not stop.requested and (step % args.eval_every == 0 or last):
                 with clock("eval"):
                     engine.wake("kv_cache")
-                    accuracy = evaluate(engine, held_out, rewards, args, run, step)
-                metrics["eval/accuracy"] = accuracy
+                    accuracy = metrics["eval/accuracy"] = evaluate(engine, held_out, rewards, args, run, step)
             if groups and (step == 1 or "eval/accuracy" in metrics):
                 with clock("eval"):
                     metrics["mismatch/bf16_floor"] = policy.noise_floor(few_sequences(groups))
             metrics |= clock.metrics() | {
+                "reward/scored": rewards.calls,
                 "reward/errors": rewards.errors,
                 "reward/timeouts": rewards.timeouts,
                 "policy/version": engine.version,
             }
             metrics |= speed_metrics(metrics, used)
+            events = alarms.check(step, metrics)
             clock = Clock()  # of the next step: writing this one's results down is part of it
             with clock("log"):
                 run.log({"step": step} | metrics)
                 run.log_samples([sample_record(step, g, i) for g in groups for i in range(2)][: args.log_samples])
-                progress.update()
+                bar.update()
                 tqdm.write(step_line(step, args.steps, metrics, accuracy), file=sys.stdout)
-                if used is not None and step == 1:
+                if used is not None and step == first:
                     tqdm.write(used.table(), file=sys.stdout)
+                for event in events:
+                    run.log_event(event.line())
+                    tqdm.write(f"alarm: step {step}: {event.message}", file=sys.stdout)
                 sys.stdout.flush()
-            if args.save_every and step % args.save_every == 0 and not last:
+            share = progress.loop.expected_share
+            if args.dynamic_sampling:  # the next step draws for a share a tenth below this one's
+                share = 0.9 * metrics["sampling/groups_mixed"] / metrics["sampling/groups_drawn"]
+            best = is_best(metrics.get("eval/accuracy"), progress.loop.best_accuracy) and bool(args.save_every)
+            changes = {"best_accuracy": accuracy, "best_step": step} if best else {}
+            progress.finished(step, expected_share=share, accuracy=accuracy, **changes)
+            if any(event.stops for event in events):
+                raise AlarmError(f"stopped after step {step}: {next(e.message for e in events if e.stops)}")
+            if args.save_every and (best or step % args.save_every == 0) and not last:
                 with clock("save"):
-                    save(step, wait=False)
+                    progress.save(wait=False)
+            report_lost_checkpoint(run, step)
             if stop.requested:
                 break
-        progress.close()
-        folder = save(done) if done else None
+        bar.close()
+        folder = progress.save() if progress.loop.step else None
+    report_lost_checkpoint(run, progress.loop.step)
     run.close()
     if stop.requested:
-        print(f"stopped after {done} of {args.steps} steps", flush=True)
+        print(f"stopped after {progress.loop.step} of {args.steps} steps", flush=True)
+        print(f"go on with: python train.py --resume {run.path}", flush=True)
     print(f"checkpoint {folder}\nrun folder {run.path}" if folder else f"run folder {run.path}", flush=True)
     return run.path
 
 
+def is_best(accuracy: float | None, best: float | None) -> bool:
+    return accuracy is not None and not math.isnan(accuracy) and (best is None or accuracy > best)
+
+
+def check_steps_left(run: RunFolder, args: Args) -> None:
+    """ConfigError for a run that has nothing left to do."""
+    done = run.checkpoint.loop.step if run.checkpoint else 0
+    if done >= args.steps:
+        raise ConfigError(
+            f"{run.path} has done all of its {args.steps} steps; go on with --steps above {done}, or choose another "
+            "--run-name"
+        )
+
+
+def report_lost_checkpoint(run: RunFolder, step: int) -> None:
+    """Say which checkpoint the thread could not write. The run goes on, and the next one is tried."""
+    error = run.writer_error()
+    if error is not None:
+        run.log_event({"step": step, "event": "checkpoint_failed", "message": str(error)})
+        print(f"alarm: {error}; the run goes on, and the next checkpoint is tried", file=sys.stderr, flush=True)
+
+
 @contextmanager
-def saved_on_failure(save: Callable[[], Path | None]) -> Iterator[None]:
-    """A failure of the engine, the sync or the memory ends the run, but not without what it has learned."""
+def saved_on_failure(progress: Progress, run: RunFolder) -> Iterator[None]:
+    """A failure of the engine, the sync or the memory ends the run, but not without what it has learned; however it
+    ends, the run folder and the command that goes on are said."""
     try:
         yield
-    except (RuntimeError, RewardError) as error:  # EngineError, SyncError; torch's and vLLM's own are RuntimeErrors too
-        try:
-            folder = save()
-        except RunFolderError as earlier:  # of the thread that wrote the checkpoint before
-            print(f"error: {earlier}", file=sys.stderr, flush=True)
-            folder = save()
-        if folder:
-            print(f"checkpoint {folder}", file=sys.stderr, flush=True)
-        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+    except BaseException as error:
+        known = isinstance(error, (RuntimeError, RewardError))  # EngineError, SyncError; torch's and vLLM's own too
+        if known and not isinstance(error, RunFolderError) and (progress.loop.step or progress.ahead()):
+            try:
+                print(f"checkpoint {progress.save()}", file=sys.stderr, flush=True)
+            except RunFolderError as lost:
+                print(f"error: {lost}", file=sys.stderr, flush=True)
+        print(f"run folder {run.path}; go on with: python train.py --resume {run.path}", file=sys.stderr, flush=True)
+        if isinstance(error, torch.OutOfMemoryError) or (known and "out of memory" in str(error).lower()):
             raise MemoryPlanError(
                 f"out of memory in the middle of a step: {error}. Smaller --micro-batch-tokens or --kv-cache-gib, "
                 "--gradient-checkpointing True or --sleep 2 make room"
@@ -168,8 +224,12 @@ def saved_on_failure(save: Callable[[], Path | None]) -> Iterator[None]:
         raise
 
 
-def train_step(policy: Policy, groups: list[Group], args: Args, clock: Clock | None = None) -> dict[str, float]:
-    """One batch of groups through `updates_per_batch` updates; the step's metrics. No group, no update."""
+def train_step(
+    policy: Policy, groups: list[Group], args: Args, clock: Clock | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> dict[str, float]:  # fmt: skip
+    """One batch of groups through `updates_per_batch` updates; the step's metrics. No group, no update. `check` is
+    called before each micro-batch of the first update, and may raise: nothing has changed yet."""
     clock = clock or Clock()
     if not groups:
         print("step skipped: no group with mixed rewards was drawn; see docs/metrics.md, sampling/", flush=True)
@@ -192,6 +252,8 @@ def train_step(policy: Policy, groups: list[Group], args: Args, clock: Clock | N
             micro_batches = [mini.select(chosen) for chosen in mini.micro_batches(args.micro_batch_tokens)]
         loss_sum = torch.zeros((), device=policy.device)
         for micro in micro_batches:
+            if not norms:
+                check()
             logprobs, entropy = policy.logprobs(micro)
             # One update per batch: the weights are still the step's, so old log-probs are the policy's own.
             old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
@@ -247,9 +309,15 @@ def sync_weights(engine: Engine, plan: SyncPlan, version: int, clock: Clock, ful
 
 
 def build(
-    args: Args, memory: MemoryPlan, skip: list[str], tokenizer: Any, used: MemoryLog | None
+    args: Args,
+    memory: MemoryPlan,
+    skip: list[str],
+    tokenizer: Any,
+    used: MemoryLog | None,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[Engine, Policy, SyncPlan, PromptStream, list[Prompt], RewardPool]:
-    """Everything the loop needs; data and rewards are checked before anything large is allocated."""
+    """Everything the loop needs; data and rewards are checked before anything large is allocated. The policy, its
+    optimizer too, is that of the checkpoint where there is one."""
     from transformers import set_seed
 
     template = json.loads(args.chat_template_kwargs)
@@ -281,7 +349,7 @@ def build(
     engine_ready = time.perf_counter()
     if used is not None:
         used.mark("engine")
-    model = load_model(args.model, device, args.trust_remote_code)
+    model = load_model(str(checkpoint.folder) if checkpoint else args.model, device, args.trust_remote_code)
     bits = SIMULATED.get(args.rollout_quant)
     plan = SyncPlan.build(rounded_sources(model, bits, skip) if bits else model, engine.model)
     plan.check_formats(args.rollout_quant, skip)
@@ -306,6 +374,8 @@ def build(
         raise MemoryPlanError(
             f"the policy and its optimizer do not fit beside the engine: {error}\n{memory.table()}"
         ) from error
+    if checkpoint is not None:
+        policy.load_training(checkpoint)
     if used is not None:
         used.mark("policy")
     formats = ", ".join(f"{n} {name}" for name, n in plan.formats().items())
@@ -483,10 +553,10 @@ def speed_metrics(metrics: dict[str, float], used: MemoryLog | None) -> dict[str
     } | ({} if used is None else used.metrics())
 
 
-def step_line(step: int, steps: int, metrics: dict[str, float], accuracy: float) -> str:
+def step_line(step: int, steps: int, metrics: dict[str, float], accuracy: float | None) -> str:
     """The terminal's line for a step."""
     gap = metrics.get("mismatch/abs_dlogp_mean", math.nan)
-    held_out = "" if math.isnan(accuracy) else f" held-out {accuracy:.3f} |"
+    held_out = "" if accuracy is None else f" held-out {accuracy:.3f} |"
     phases = " ".join(f"{k} {metrics[f'time/{k}']:.2f}" for k in ("rollout", "train", "sync", "verify"))
     return (
         f"step {step}/{steps} | reward {metrics['reward/mean']:.3f} |{held_out} |dlogp| {gap:.4f} | "
@@ -499,7 +569,19 @@ def config_of(args: Args) -> dict[str, Any]:
     return {k: str(v) if v == math.inf else v for k, v in dataclasses.asdict(args).items()}
 
 
+def with_resumed(args: Args) -> Args:
+    """The arguments of the run that --resume or an existing --run-name goes on with, where there is one."""
+    by_name = args.resume is None
+    if by_name and (args.run_name is None or not is_run(Path(args.runs_dir) / args.run_name)):
+        return args
+    folder = Path(args.runs_dir) / str(args.run_name) if args.resume is None else Path(args.resume)
+    resumed = args.resumed(saved_config(folder), by_name)
+    return dataclasses.replace(resumed, resume=str(folder), run_name=folder.name, runs_dir=str(folder.parent))
+
+
 ERRORS = (
+    AlarmError,
+    CheckpointError,
     ConfigError,
     DataError,
     EngineError,
@@ -515,7 +597,7 @@ ERRORS = (
 
 def main() -> None:
     try:
-        train(tyro.cli(Args, description=f"{__doc__}\n{Args.__doc__}").resolved())
+        train(with_resumed(tyro.cli(Args, description=f"{__doc__}\n{Args.__doc__}")).resolved())
     except ERRORS as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -9,7 +9,9 @@ import runtime  # noqa: F401  (first: it sets what torch reads at import)
 
 # isort: split
 import copy
+import importlib.util
 import math
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +22,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 import head_logprobs
 import packing
 import policy as policy_module
+from checkpoint import LoopState, random_states, read_checkpoint
 from packing import PackingError
 from policy import Batch, Policy, PolicyError, load_model
 
@@ -490,7 +493,7 @@ def test_a_saved_policy_opens_with_the_same_weights(family, tmp_path):
     policy, batch = make_policy(family, torch.bfloat16, lr=0.01, checkpointing=True), make_batch(RAGGED)
     backward(policy, batch)
     policy.update()
-    policy.snapshot(NoTokenizer())(tmp_path)
+    policy.snapshot(NoTokenizer(), LoopState(), {}).write(tmp_path)
     assert (tmp_path / "tokenizer.json").exists()
     opened = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").state_dict()
     state = policy.model.state_dict()
@@ -498,6 +501,60 @@ def test_a_saved_policy_opens_with_the_same_weights(family, tmp_path):
     for name, tensor in state.items():
         assert opened[name].dtype == torch.bfloat16 and torch.equal(opened[name], tensor), name
     assert packing.ATTENTION not in (tmp_path / "config.json").read_text(), "others must be able to open it"
+
+
+@pytest.mark.parametrize("states", ["fp32", "bf16", "8bit"])
+@pytest.mark.parametrize("offload", [False, True])
+def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(states, offload, tmp_path):
+    if states == "8bit" and (offload or not importlib.util.find_spec("torchao")):
+        pytest.skip("8-bit moments stay on the GPU" if offload else "torchao is not installed")
+    options = dict(lr=0.01, warmup_steps=3, optimizer_states=states, offload_optimizer=offload)
+    make_model("llama").save_pretrained(tmp_path / "begin")
+    through, batch = Policy(load_model(str(tmp_path / "begin"), torch.device("cpu")), **options), make_batch(RAGGED)
+
+    def go_on(policy: Policy) -> list[torch.Tensor]:
+        for _ in range(3):
+            backward(policy, batch)
+            policy.update()
+        return [p.detach() for p in policy.model.parameters()]
+
+    go_on(through)
+    loop = LoopState(step=3, policy=through.numbers(), random=random_states()[0])
+    (tmp_path / "middle").mkdir()
+    through.snapshot(NoTokenizer(), loop, {}).write(tmp_path / "middle")
+    other = Policy(load_model(str(tmp_path / "middle"), torch.device("cpu")), **options)
+    other.load_training(read_checkpoint(tmp_path / "middle"))
+    assert other.numbers() == through.numbers() and other.current_lr() == through.current_lr()
+    assert all(torch.equal(a, b) for a, b in zip(go_on(other), go_on(through), strict=True))
+    ours, theirs = other.optimizer_state(), through.optimizer_state()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_weights_may_change_once_a_snapshot_has_its_copies(tmp_path):
+    """The loop waits for that, and the checkpoint has the weights of its own time."""
+    policy, batch = make_policy("qwen2", torch.bfloat16, lr=0.01), make_batch(RAGGED)
+    snapshot = policy.snapshot(NoTokenizer(), LoopState(), {})
+    before = {k: v.clone() for k, v in policy.model.state_dict().items()}
+    writing, go = threading.Event(), threading.Event()
+    inner = snapshot._write_model
+
+    def slow(folder, state):
+        writing.set()
+        assert go.wait(10)
+        inner(folder, state)
+
+    snapshot._write_model = slow
+    thread = threading.Thread(target=snapshot.write, args=(tmp_path,))
+    thread.start()
+    snapshot.wait()
+    assert writing.wait(10)
+    backward(policy, batch)
+    policy.update()
+    go.set()
+    thread.join()
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").state_dict()
+    assert all(torch.equal(opened[k], before[k]) for k in before)
+    assert not all(torch.equal(v, before[k]) for k, v in policy.model.state_dict().items())
 
 
 def test_load_model_gives_bf16_weights_of_the_folder(tmp_path):

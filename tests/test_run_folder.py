@@ -5,14 +5,18 @@ import runtime  # noqa: F401  (first: it sets what torch reads at import)
 # isort: split
 import json
 import math
+import re
 import sys
 import threading
 import types
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import run_folder
+from checkpoint import CheckpointError, LoopState, Snapshot, random_states, read_checkpoint
 from run_folder import RunFolder, RunFolderError, default_run_name
 
 
@@ -23,6 +27,14 @@ def lines(path: Path) -> list[dict]:
         raise AssertionError(f"{constant} is no JSON")
 
     return [json.loads(line, parse_constant=refuse) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def lines_of(path: Path) -> list[dict]:
+    """The same where the text itself may hold what str.splitlines takes for an end of line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+FILES = ("metrics.jsonl", "samples.jsonl", "events.jsonl")
 
 
 @pytest.fixture
@@ -83,9 +95,9 @@ def test_no_secret_of_the_environment_is_in_any_file(tmp_path, monkeypatch):
     run = RunFolder(str(tmp_path), "a", {"model": "m"})
     run.log({"step": 1, "train/loss": 0.5})
     run.log_samples([{"step": 1, "text": "t"}])
-    run.save_checkpoint(1, lambda folder: (folder / "w").write_text("w"))
+    run.save_checkpoint(1, Write(lambda folder: (folder / "w").write_text("w")))
     files = [f for f in run.path.rglob("*") if f.is_file()]
-    assert len(files) == 5
+    assert len(files) == 6  # .lock too
     for file in files:
         found = [v for v in secrets.values() if v in file.read_text()]
         assert found == [], f"{file.name} holds a secret"
@@ -120,8 +132,25 @@ def test_samples_keep_their_text_on_one_line_each(run):
 # ---- checkpoints
 
 
-def write_weights(content: str):
-    return lambda folder: (folder / "model.safetensors").write_text(content) and None
+class Write:
+    """A snapshot whose writing is `work`."""
+
+    def __init__(self, work):
+        self.work = work
+        self.copied = threading.Event()
+
+    def write(self, folder: Path) -> None:
+        try:
+            self.work(folder)
+        finally:
+            self.copied.set()
+
+    def wait(self) -> None:
+        assert self.copied.wait(10)
+
+
+def write_weights(content: str) -> Write:
+    return Write(lambda folder: (folder / "model.safetensors").write_text(content))
 
 
 def names(run: RunFolder) -> list[str]:
@@ -145,7 +174,7 @@ def test_a_writer_that_fails_leaves_nothing_under_either_name(run, failure):
         raise failure
 
     with pytest.raises((RunFolderError, type(failure))):
-        run.save_checkpoint(7, write)
+        run.save_checkpoint(7, Write(write))
     assert names(run) == []
     run.save_checkpoint(7, write_weights("seven"))
     assert names(run) == ["step-000007"], "the same step can be saved once there is room again"
@@ -157,7 +186,7 @@ def test_an_interrupt_while_writing_leaves_no_folder_with_the_final_name(run):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run.save_checkpoint(7, write)
+        run.save_checkpoint(7, Write(write))
     assert "step-000007" not in names(run)
 
 
@@ -166,7 +195,7 @@ def test_a_full_disk_is_an_error_that_names_the_checkpoint(run):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(RunFolderError, match=r"step-000007.*No space left"):
-        run.save_checkpoint(7, write)
+        run.save_checkpoint(7, Write(write))
 
 
 def test_a_second_save_of_a_step_does_not_rewrite(run):
@@ -176,7 +205,7 @@ def test_a_second_save_of_a_step_does_not_rewrite(run):
     def never(folder: Path) -> None:
         raise AssertionError("written twice")
 
-    assert run.save_checkpoint(7, never) == first
+    assert run.save_checkpoint(7, Write(never)) == first
     assert (first / "model.safetensors").read_text() == "first"
     assert (first / "model.safetensors").stat().st_mtime_ns == stamp
 
@@ -189,25 +218,143 @@ def test_a_checkpoint_is_written_while_the_run_goes_on(run):
         going.set()
         assert finish.wait(10)
 
-    path = run.save_checkpoint(7, slow, wait=False)
+    path = run.save_checkpoint(7, Write(slow), wait=False)
     assert going.wait(10) and not path.exists(), "half-written, it does not bear the name"
     finish.set()
+    run.keep_last = 2
     run.save_checkpoint(8, write_weights("eight"))  # waits for the one before
     assert names(run) == ["step-000007", "step-000008"]
     assert (path / "model.safetensors").read_text() == "seven"
 
 
-@pytest.mark.parametrize("then", ["save", "close"])
-def test_a_failure_of_the_writing_thread_is_raised_once_by_what_comes_next(run, then):
+@pytest.mark.parametrize("then", ["asked", "close"])
+def test_a_failure_of_the_writing_thread_is_said_once(run, then):
     def full(folder: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    run.save_checkpoint(7, full, wait=False)
-    with pytest.raises(RunFolderError, match=r"step-000007.*No space left"):
-        run.save_checkpoint(8, write_weights("eight")) if then == "save" else run.close()
+    run.save_checkpoint(7, Write(full), wait=False)
+    run.wait_for_copies()
+    if then == "close":
+        with pytest.raises(RunFolderError, match=r"step-000007.*No space left"):
+            run.close()
+        return
     run.save_checkpoint(8, write_weights("eight"))
+    assert re.search(r"step-000007.*No space left", str(run.writer_error())) and run.writer_error() is None
     run.close()
     assert names(run) == ["step-000008"]
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "left"), [(1, None, [4]), (2, None, [3, 4]), (1, 2, [2, 4]), (9, 1, [1, 2, 3, 4])]
+)
+def test_the_last_ones_and_the_best_are_kept(tmp_path, keep, best, left):
+    run = RunFolder(str(tmp_path), "a", {}, keep_last=keep)
+    for step in (1, 2, 3, 4):
+        run.save_checkpoint(step, write_weights(str(step)), best=best if best and step >= best else None)
+    assert names(run) == [f"step-{n:06d}" for n in left]
+    link = run.path / "best"
+    if best is None:
+        assert not link.exists()
+    else:
+        assert (link / "model.safetensors").read_text() == str(best)
+
+
+# ---- going on
+
+
+def state(step: int):
+    """A checkpoint of `step` as Snapshot writes it."""
+    tensors = {"model.weight": torch.full((2, 2), float(step), dtype=torch.bfloat16)}
+    plain, generators = random_states()
+
+    def write_model(folder: Path, state: dict) -> None:
+        save_file(state, folder / "model.safetensors")
+
+    loop = LoopState(step=step, random=plain)
+    return Snapshot(tensors, {"master.x": torch.zeros(3)}, write_model, loop, generators)
+
+
+def fill(run: RunFolder, first: int, last: int, every: int = 2) -> None:
+    for step in range(first, last + 1):
+        run.log({"step": step, "a/b": step / 3})
+        run.log_samples([{"step": step, "text": "\u2028 two\nlines"}] * 2)
+        run.log_event({"step": step, "event": "x", "message": "m"})
+        if step % every == 0:
+            run.save_checkpoint(step, state(step))
+
+
+@pytest.mark.parametrize("half", [b"", b'{"step": 6, "a/', b"\xff\xfe"])
+def test_what_came_after_the_last_checkpoint_is_taken_out(tmp_path, half):
+    run = RunFolder(str(tmp_path), "a", {"lr": 1})
+    fill(run, 0, 5)
+    kept = {name: [x for x in lines_of(run.path / name) if x["step"] <= 4] for name in FILES}
+    run.close()
+    with open(run.path / "metrics.jsonl", "ab") as f:
+        f.write(half)
+    for name in ("step-000006.tmp", "step-000002.old"):
+        (run.path / "checkpoints" / name).mkdir()
+    again = RunFolder(str(tmp_path), "a", {"lr": 2}, resume=True)
+    assert again.checkpoint.loop.step == 4 and names(again) == ["step-000004"]
+    assert lines(again.path / "metrics.jsonl") == kept["metrics.jsonl"]
+    assert lines_of(again.path / "samples.jsonl") == kept["samples.jsonl"]
+    events = lines(again.path / "events.jsonl")
+    assert events[:-1] == kept["events.jsonl"] and events[-1]["event"] == "resumed"
+    assert json.loads((again.path / "config.json").read_text()) == {"lr": 1}
+
+
+def test_a_run_without_a_checkpoint_begins_again(tmp_path):
+    run = RunFolder(str(tmp_path), "a", {})
+    fill(run, 1, 2, every=5)
+    run.close()
+    again = RunFolder(str(tmp_path), "a", {}, resume=True)
+    assert again.checkpoint is None and lines(again.path / "metrics.jsonl") == []
+    assert [e["message"] for e in lines(again.path / "events.jsonl")] == ["goes on from the beginning"]
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    first = RunFolder(str(tmp_path), "a", {})
+    with pytest.raises(RunFolderError, match=r"in use by another process.*--run-name"):
+        RunFolder(str(tmp_path), "a", {}, resume=True)
+    first.close()
+    RunFolder(str(tmp_path), "a", {}, resume=True)
+
+
+def cut_file(folder: Path, name: str) -> None:
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [("model.safetensors", cut_file), ("training/optimizer.safetensors", cut_file), ("training/state.json", cut_file),
+     ("training/random.safetensors", lambda folder, name: (folder / name).unlink()),
+     ("training/state.json", lambda folder, name: (folder / name).unlink())],
+)  # fmt: skip
+def test_a_torn_file_is_named_and_nothing_is_removed(tmp_path, file, damage):
+    run = RunFolder(str(tmp_path), "a", {}, keep_last=2)
+    fill(run, 0, 5)
+    run.close()
+    damage(run.path / "checkpoints" / "step-000004", file)
+    before = (run.path / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match=rf"step-000004 is damaged: {file}.*Move it away"):
+        RunFolder(str(tmp_path), "a", {}, resume=True)
+    assert names(run) == ["step-000002", "step-000004"] and (run.path / "metrics.jsonl").read_bytes() == before
+    (run.path / "checkpoints" / "step-000004").rename(tmp_path / "moved")
+    assert RunFolder(str(tmp_path), "a", {}, resume=True).checkpoint.loop.step == 2
+
+
+def test_an_optimizer_of_another_model_is_refused(tmp_path):
+    run = RunFolder(str(tmp_path), "a", {})
+    checkpoint = read_checkpoint(run.save_checkpoint(2, state(2)))
+    for tensors, word in (({"master.y": torch.zeros(3)}, "master"), ({"master.x": torch.zeros(4)}, r"\(4,\)")):
+        with pytest.raises(CheckpointError, match=f"another model.*{word}"):
+            checkpoint.load_optimizer(tensors)
+
+
+def test_a_folder_that_can_no_longer_be_written_is_said(run):
+    (run.path / "metrics.jsonl").mkdir()
+    with pytest.raises(RunFolderError, match=r"metrics.jsonl cannot be written"):
+        run.log({"step": 1})
 
 
 def test_what_an_interrupted_save_left_is_cleared_by_the_next(run):

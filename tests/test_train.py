@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Qwen2C
 
 import packing
 import train
+from checkpoint import Snapshot
 from config import TINY_MODEL, Args
 from corrections import CORRECTIONS
 from data import Example, Prompt
@@ -451,7 +452,8 @@ def test_the_loop_in_order(fake, tmp_path, monkeypatch, capsys):
         expected += ["wake kv_cache", "greedy"] if n in (3, 4) else []  # every third, and the last
     assert fake == expected
     folder = tmp_path / "runs" / "a"
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
+    assert (folder / "best").resolve().name == "step-000003", "of equal evaluations the first"
     metrics = read_lines(folder / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [0, 1, 2, 3, 4]
     assert [m["step"] for m in metrics if "eval/accuracy" in m] == [0, 3, 4]
@@ -475,8 +477,9 @@ def test_a_run_that_never_draws_a_mixed_group_ends_with_the_weights_it_began_wit
 
 
 @needs_tiny_model
+@pytest.mark.parametrize("updates", [1, 2])
 @pytest.mark.parametrize("when", ["first step's rollouts", "second step's training"])
-def test_a_stop_ends_after_the_phase_and_saves_what_is_done(fake, tmp_path, monkeypatch, capsys, when):
+def test_a_stop_gives_up_the_step_and_saves_what_is_done(fake, tmp_path, monkeypatch, capsys, when, updates):
     """The signal comes while a phase runs; nothing is lost, and no checkpoint claims a step that was not made."""
     if when == "first step's rollouts":
         generate = FakeEngine.generate
@@ -490,22 +493,41 @@ def test_a_stop_ends_after_the_phase_and_saves_what_is_done(fake, tmp_path, monk
         step = train.train_step
 
         def interrupted(policy, *args):
-            if policy.updates == 1:
+            if policy.updates == updates:
                 os.kill(os.getpid(), signal.SIGTERM)
             return step(policy, *args)
 
         monkeypatch.setattr(train, "train_step", interrupted)
-    run_main(monkeypatch, *one_or_two(tmp_path), "--steps=50", "--eval-every=0", "--run-name=a")
+    flags = ("--steps=50", "--eval-every=0", "--run-name=a", f"--updates-per-batch={updates}")
+    run_main(monkeypatch, *one_or_two(tmp_path), *flags)
     out, folder = capsys.readouterr().out, tmp_path / "runs" / "a"
     assert out.splitlines()[-1] == f"run folder {folder}"
+    assert f"go on with: python train.py --resume {folder}" in out.splitlines()
     if when == "first step's rollouts":
         assert "stopped after 0 of 50" in out
         assert not (folder / "checkpoints").exists() and not (folder / "metrics.jsonl").exists()
     else:
-        assert "stopped after 2 of 50" in out
-        assert [m["step"] for m in read_lines(folder / "metrics.jsonl")] == [1, 2]
-        assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-000002"]
-        assert fake[-1] == "publish 2", "the engine holds what was saved"
+        assert "stopped after 1 of 50" in out, "the second step is given up at its first micro-batch"
+        assert [m["step"] for m in read_lines(folder / "metrics.jsonl")] == [1]
+        assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-000001"]
+
+
+@needs_tiny_model
+def test_a_stop_after_the_first_of_several_updates_finishes_the_step(fake, tmp_path, monkeypatch, capsys):
+    update = Policy.update
+
+    def interrupted(policy):
+        if policy.updates == 2:  # the second step's first
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(policy)
+
+    monkeypatch.setattr(Policy, "update", interrupted)
+    flags = ("--steps=50", "--eval-every=0", "--run-name=a", "--updates-per-batch=2")
+    run_main(monkeypatch, *one_or_two(tmp_path), *flags)
+    folder = tmp_path / "runs" / "a"
+    assert "stopped after 2 of 50" in capsys.readouterr().out
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-000002"]
+    assert fake[-1] == "publish 2", "the engine holds what was saved"
 
 
 @needs_tiny_model
@@ -549,36 +571,36 @@ def test_a_failure_in_the_middle_saves_what_was_learned(fake, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("then", ["goes on", "fails"])
-def test_a_checkpoint_that_a_thread_could_not_write_does_not_cost_the_next(fake, tmp_path, monkeypatch, capsys, then):
-    """The first save, beside the run, finds a full disk; the next save says so, ends the run, and is made. So it is
-    where the run fails of itself before that."""
-    snapshot, calls = Policy.snapshot, []
+def test_a_checkpoint_that_a_thread_could_not_write_does_not_cost_the_run(fake, tmp_path, monkeypatch, capsys, then):
+    """The first save, beside the run, finds a full disk; the run says so and goes on, and the next one is made. So it
+    is where the run fails of itself after that."""
+    write, calls = Snapshot.write, []
 
-    def full_at_first(self, tokenizer):
-        write, first = snapshot(self, tokenizer), not calls
+    def full_at_first(self, folder):
         calls.append(1)
+        write(self, folder)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
 
-        def work(folder):
-            if first:
-                raise OSError(28, "No space left on device")
-            write(folder)
-
-        return work
-
-    monkeypatch.setattr(Policy, "snapshot", full_at_first)
+    monkeypatch.setattr(Snapshot, "write", full_at_first)
     if then == "fails":
 
         def stale(self, turn=0, full=False):
-            if turn == 2:
+            if turn == 3:
                 raise train.SyncError("layer 1 is stale")
 
         monkeypatch.setattr(FakePlan, "verify", stale)
-    with pytest.raises(SystemExit) as ended:
-        run_main(monkeypatch, *one_or_two(tmp_path), "--steps=3", "--save-every=1", "--eval-every=0", "--run-name=x")
-    kept = sorted(p.name for p in (tmp_path / "runs" / "x" / "checkpoints").iterdir())
-    said = str(ended.value) + capsys.readouterr().err
-    assert kept == ["step-000002"] and "step-000001 could not be written" in said and "No space left" in said
-    assert ("stale" in str(ended.value)) == (then == "fails")
+    flags = (*one_or_two(tmp_path), "--steps=3", "--save-every=1", "--eval-every=0", "--run-name=x")
+    if then == "fails":
+        with pytest.raises(SystemExit, match="layer 1 is stale"):
+            run_main(monkeypatch, *flags)
+    else:
+        run_main(monkeypatch, *flags)
+    folder, said = tmp_path / "runs" / "x", capsys.readouterr().err
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-000003"]
+    assert "step-000001 could not be written" in said and "No space left" in said
+    (event,) = read_lines(folder / "events.jsonl")
+    assert event["event"] == "checkpoint_failed"
 
 
 def test_a_second_signal_ends_at_once_and_handlers_come_back():
@@ -659,7 +681,7 @@ def test_bad_input_is_one_line_before_anything_is_built(name, fake, tmp_path, mo
 
 
 @needs_tiny_model
-def test_an_existing_run_name_is_refused_and_its_files_are_left(fake, tmp_path, monkeypatch):
+def test_a_folder_that_is_no_run_is_refused_and_its_files_are_left(fake, tmp_path, monkeypatch):
     old = tmp_path / "runs" / "a"
     old.mkdir(parents=True)
     (old / "metrics.jsonl").write_text("kept\n")
@@ -814,18 +836,20 @@ def test_ctrl_c_in_a_long_run_saves_and_exits_with_0(tmp_path):
 
 @needs_tiny_model
 @needs_engine
-def test_a_reward_that_raises_counts_as_0_is_counted_and_shown_once(tmp_path):
+def test_a_reward_that_always_raises_is_shown_once_counted_and_ends_the_run(tmp_path):
     reward = write(tmp_path, "broken.py", "def f(completion, answer, row):\n    return row['no such column']\n")
     done = run_train(
-        *("--steps=1", "--prompts-per-step=4", "--samples-per-prompt=2", "--eval-every=0", "--no-dynamic-sampling"),
+        *("--steps=3", "--prompts-per-step=4", "--samples-per-prompt=2", "--eval-every=0", "--no-dynamic-sampling"),
         *(f"--reward={reward}:f", "--run-name=x", f"--runs-dir={tmp_path / 'runs'}"),
     )
-    assert done.returncode == 0, done.stderr[-3000:]
     (step,) = read_lines(tmp_path / "runs" / "x" / "metrics.jsonl")
     assert (step["reward/mean"], step["reward/errors"], step["sampling/groups_trained"]) == (0.0, 8, 4)
     assert step["train/loss"] == 0.0 and step["train/grad_norm"] == 0.0, "equal rewards have no gradient"
     assert done.stderr.count("Traceback") == 1 and "KeyError: 'no such column'" in done.stderr
     assert all(s["reward"] == 0.0 for s in read_lines(tmp_path / "runs" / "x" / "samples.jsonl"))
+    (error,) = error_lines(done.stderr)
+    assert done.returncode == 1 and "8 of 8 rewards failed" in error and "--reward" in error
+    assert (tmp_path / "runs" / "x" / "checkpoints" / "step-000001").is_dir()
 
 
 @needs_tiny_model
