@@ -23,8 +23,8 @@ class Thresholds:
     """Flags `--alarms.NAME`; 0 turns an alarm off."""
 
     mismatch: float = 4.0
-    """Stop where the mean abs(log pi_old - log mu) is this many times its median over the last 20 steps: stale or
-    corrupt weights in the engine."""
+    """Stop where two steps in a row have a mean abs(log pi_old - log mu) of this many times its median over the last
+    20: stale or corrupt weights in the engine. One such step is said: few tokens can make it by chance."""
     entropy: float = 0.1
     """Say so where the entropy falls below this share of its mean over the first 3 steps: the policy has collapsed."""
     equal_groups: int = 5
@@ -58,8 +58,8 @@ class Alarms:
     thresholds: Thresholds
     state: dict[str, Any] = field(
         default_factory=lambda: {
-            "gaps": [], "entropies": [], "equal": 0, "skipped": 0, "skipped_total": 0, "errors": 0, "scored": 0,
-            "active": [],
+            "gaps": [], "high": 0, "entropies": [], "equal": 0, "skipped": 0, "skipped_total": 0, "errors": 0,
+            "scored": 0, "active": [],
         }
     )  # fmt: skip
 
@@ -79,13 +79,15 @@ class Alarms:
             return []
         level = median(gaps) if len(gaps) >= ENOUGH else None
         limit = self.thresholds.mismatch
-        if limit and level is not None and not gap <= limit * level:
-            numbers = {"abs_dlogp_mean": gap, "level": level, "threshold": limit}
+        high = bool(limit) and level is not None and not gap <= limit * level
+        self.state["high"] = self.state["high"] + 1 if high else 0
+        if high:
+            numbers = {"abs_dlogp_mean": gap, "level": level, "threshold": limit, "steps": self.state["high"]}
             message = (
-                f"mean |log pi_old - log mu| is {gap:.4g}, {gap / level:.1f} times its usual {level:.4g}: the engine's "
-                f"weights are stale or corrupt (--alarms.mismatch {limit:g})"
+                f"mean |log pi_old - log mu| is {gap:.4g}, {gap / level:.1f} times its usual {level:.4g}: stale or "
+                f"corrupt weights in the engine, if it stays so (--alarms.mismatch {limit:g})"
             )
-            return [Event(step, "mismatch", message, numbers, stops=True)]
+            return [Event(step, "mismatch", message, numbers, stops=self.state["high"] >= 2)]
         if math.isfinite(gap):
             gaps.append(gap)
             del gaps[:-WINDOW]

@@ -5,7 +5,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from alarms import Thresholds
 from corrections import CORRECTIONS, Correction
@@ -39,6 +39,14 @@ REAL_DEFAULTS: dict[str, Any] = {
     "save_every": 20,
 }
 
+GROUPS = {  # title in --help: its first flag; the fields of Args stand in this order
+    "model and data": "model",
+    "sampler": "rollout_quant",
+    "correction and loss": "tis_cap",
+    "optimizer": "lr",
+    "memory": "sleep",
+    "run": "steps",
+}
 
 POSITIVE = ("steps", "prompts_per_step", "max_prompt_len", "max_response_len", "max_sample_rounds", "max_num_seqs",
             "keep_last", "lr", "micro_batch_tokens", "updates_per_batch", "max_grad_norm", "temperature",
@@ -51,8 +59,8 @@ DEFAULT_TIS_CAP = 2.0
 
 # Flags that may differ between a run and what goes on with it: they change nothing that it computes.
 FREE = ("steps", "save_every", "keep_last", "resume", "run_name", "runs_dir", "alarms", "log_samples", "wandb",
-        "reward_workers", "reward_time_limit", "prove_sync", "fast_scheduler", "sleep", "memory_gib", "kv_cache_gib",
-        "trust_remote_code")  # fmt: skip
+        "tensorboard", "reward_workers", "reward_time_limit", "prove_sync", "fast_scheduler", "sleep", "memory_gib",
+        "kv_cache_gib", "trust_remote_code")  # fmt: skip
 # Flags that the memory plan chooses where they are None; config.json has its choice, and a resumed run keeps to it.
 BY_MACHINE = ("micro_batch_tokens", "gradient_checkpointing", "offload_optimizer", "compile")
 
@@ -67,6 +75,8 @@ class Args:
 
     model: str = TINY_MODEL
     """HF folder or Hub name of a Qwen2, Qwen3 or Llama model with a chat template."""
+    trust_remote_code: bool = False
+    """Let the model's repository run its own code."""
     data: str | None = None
     """arithmetic[:add1|add2|add3|sub2|mul|chain], gsm8k, dapo-math, a Hub dataset, a .jsonl or .parquet file.
     None: gsm8k; arithmetic."""
@@ -92,42 +102,11 @@ class Args:
     rounded to so many bits, one scale a row, to see what a large mismatch does."""
     quant_skip: str = ""
     """Layers of the sampler that stay bf16, by comma: layers.0,down_proj,layers.3.mlp."""
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
+    """The sampler's KV cache: bf16 (auto), or fp8, which holds twice the tokens. GPU only."""
     prove_sync: bool = True
     """At start, load the policy through vLLM's own loader once and compare its bytes with the sync's. Not for int8,
     to which vLLM itself does not quantize."""
-    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
-    """The sampler's KV cache: bf16 (auto), or fp8, which holds twice the tokens. GPU only."""
-    tis_cap: float | None = DEFAULT_TIS_CAP
-    """Truncated importance sampling: weights pi_old/mu are cut at this value. inf never cuts, None turns them off."""
-    correction: Literal[
-        "none", "token-tis", "sequence-tis", "token-is", "token-mask", "sequence-mask", "geometric-mask", "ppo-is"
-    ] = "token-tis"
-    """How the loss corrects the gap between sampler and trainer (corrections.py); --tis-cap is for the two with tis."""
-    mask_low: float | None = None
-    """Lower end of the band of a mask. None: 0.5 for token-mask, 0 for sequence-mask, 0.98 for geometric-mask."""
-    mask_high: float | None = None
-    """Upper end of it. None: 5, 3 and 1.02."""
-    temperature: float = 1.0
-    """Sampling temperature; the trainer divides its logits by it too."""
-    top_p: float = 1.0
-    """Must be 1: truncating the distribution would bias pi/mu."""
-    top_k: int = 0
-    """Must be 0 (off), for the same reason."""
-    sleep: Literal["auto", "0", "1", "2"] = "auto"
-    """What the engine does while the policy trains: 0 stays, 1 moves its weights to the host, 2 drops them.
-    auto: from the memory plan."""
-    fast_scheduler: bool = True
-    """vLLM's scheduler with a short way for steps that only decode (fast_scheduler.py): a tenth of its Python a token,
-    which is what limits small models. A vLLM that it does not know runs its own, after a warning."""
-    max_num_seqs: int = 512
-    """Sequences that the engine runs at once."""
-    memory_gib: float | None = None
-    """Plan for this much free memory on the GPU, and have no more: the rest is occupied. None: all that is free."""
-    kv_cache_gib: float | None = None
-    """Size of the KV cache, GiB. None: room for two steps' samples at full length, at most for max_num_seqs of them."""
-
-    steps: int | None = None
-    """Training steps. None: 100; 60."""
     prompts_per_step: int | None = None
     """Prompts (groups) trained on in a step. None: 64; 32."""
     samples_per_prompt: int | None = None
@@ -140,6 +119,44 @@ class Args:
     """Drop groups whose rewards are all equal, and draw more prompts instead."""
     max_sample_rounds: int = 4
     """Rounds of drawing before a step goes on with what it has."""
+    temperature: float = 1.0
+    """Sampling temperature; the trainer divides its logits by it too."""
+    top_p: float = 1.0
+    """Must be 1: truncating the distribution would bias pi/mu."""
+    top_k: int = 0
+    """Must be 0 (off), for the same reason."""
+    max_num_seqs: int = 512
+    """Sequences that the engine runs at once."""
+    fast_scheduler: bool = True
+    """vLLM's scheduler with a short way for steps that only decode (fast_scheduler.py): a tenth of its Python a token,
+    which is what limits small models. A vLLM that it does not know runs its own, after a warning."""
+
+    tis_cap: float | None = DEFAULT_TIS_CAP
+    """Truncated importance sampling: weights pi_old/mu are cut at this value. inf never cuts, None turns them off."""
+    correction: Literal[
+        "none", "token-tis", "sequence-tis", "token-is", "token-mask", "sequence-mask", "geometric-mask", "ppo-is"
+    ] = "token-tis"
+    """How the loss corrects the gap between sampler and trainer (corrections.py); --tis-cap is for the two with tis."""
+    mask_low: float | None = None
+    """Lower end of the band of a mask. None: 0.5 for token-mask, 0 for sequence-mask, 0.98 for geometric-mask."""
+    mask_high: float | None = None
+    """Upper end of the band. None: 5, 3 and 1.02, for the same."""
+    advantage: Literal["grpo", "dr-grpo", "rloo"] = "grpo"
+    """A response's reward against its group: grpo divides by the standard deviation, dr-grpo does not, rloo leaves the
+    response out of its own baseline."""
+    loss_reduction: Literal["token-mean", "sequence-mean", "prompt-mean", "dr-grpo"] = "token-mean"
+    """What counts the same in an update: every token (DAPO), response (GRPO) or prompt; dr-grpo divides by
+    --max-response-len."""
+    clip_low: float = 0.2
+    """Lower clip range of the policy ratio."""
+    clip_high: float = 0.28
+    """Upper clip range (DAPO's clip-higher)."""
+    dual_clip: float | None = None
+    """Dual clip constant c > 1 for negative advantages, e.g. 10. None: off."""
+    overlong_filter: bool = False
+    """Leave responses that were cut at the limit out of the loss."""
+    overlong_buffer: int = 0
+    """Soft overlong punishment over the last this many tokens of --max-response-len; 0 for none."""
 
     lr: float | None = None
     """AdamW learning rate: linear warm-up, then constant. None: 1e-6; 3e-4."""
@@ -151,11 +168,19 @@ class Args:
     """Gradients are clipped to this norm; an update whose norm is not finite is skipped and counted."""
     updates_per_batch: int = 1
     """Optimizer updates for each batch of rollouts; above 1 the trainer recomputes old log-probs first."""
+    optimizer_states: Literal["fp32", "bf16", "8bit"] = "fp32"
+    """AdamW's moments: 8, 4 or 2 bytes a parameter beside the fp32 master weight. 8bit needs torchao."""
+
+    sleep: Literal["auto", "0", "1", "2"] = "auto"
+    """What the engine does while the policy trains: 0 stays, 1 moves its weights to the host, 2 drops them.
+    auto: from the memory plan."""
+    memory_gib: float | None = None
+    """Plan for this much free memory on the GPU, and have no more: the rest is occupied. None: all that is free."""
+    kv_cache_gib: float | None = None
+    """Size of the KV cache, GiB. None: room for two steps' samples at full length, at most for max_num_seqs of them."""
     micro_batch_tokens: int | None = None
     """Tokens in a forward and backward pass, at least one full sequence. None: from the memory plan, 16384 where there
     is room."""
-    optimizer_states: Literal["fp32", "bf16", "8bit"] = "fp32"
-    """AdamW's moments: 8, 4 or 2 bytes a parameter beside the fp32 master weight. 8bit needs torchao."""
     offload_optimizer: bool | None = None
     """fp32 master weights and AdamW's moments in pinned host memory, streamed through the GPU at each update. None:
     from the memory plan."""
@@ -164,23 +189,8 @@ class Args:
     compile: bool | None = None
     """torch.compile the policy's layers: a fifth faster and smaller, 10 s at the first step. None: on a GPU."""
 
-    clip_low: float = 0.2
-    """Lower clip range of the policy ratio."""
-    clip_high: float = 0.28
-    """Upper clip range (DAPO's clip-higher)."""
-    dual_clip: float | None = None
-    """Dual clip constant c > 1 for negative advantages, e.g. 10. None: off."""
-    advantage: Literal["grpo", "dr-grpo", "rloo"] = "grpo"
-    """A response's reward against its group: grpo divides by the standard deviation, dr-grpo does not, rloo leaves the
-    response out of its own baseline."""
-    loss_reduction: Literal["token-mean", "sequence-mean", "prompt-mean", "dr-grpo"] = "token-mean"
-    """What counts the same in an update: every token (DAPO), response (GRPO) or prompt; dr-grpo divides by
-    --max-response-len."""
-    overlong_filter: bool = False
-    """Leave responses that were cut at the limit out of the loss."""
-    overlong_buffer: int = 0
-    """Soft overlong punishment over the last this many tokens of --max-response-len; 0 for none."""
-
+    steps: int | None = None
+    """Training steps. None: 100; 60."""
     seed: int = 0
     """Order of the prompts and the sampler's randomness."""
     eval_every: int | None = None
@@ -191,7 +201,7 @@ class Args:
     """Checkpoints to keep beside the best one, at least 1."""
     resume: str | None = None
     """Run folder to go on with, from its last checkpoint; its config.json gives all flags. The same command with the
-    --run-name of a folder that exists goes on too."""
+    --run-name of a folder that exists goes on too. None: a new run."""
     run_name: str | None = None
     """Folder under --runs-dir. None: the model's name and the time."""
     runs_dir: str = "runs"
@@ -199,11 +209,11 @@ class Args:
     alarms: Thresholds = field(default_factory=Thresholds)
     """When a run says that something is wrong, or ends for it (alarms.py)."""
     log_samples: int = 4
-    """Samples a step written to samples.jsonl."""
+    """Samples a step written to samples.jsonl with the log-probs of their tokens, two of each group; 0 for none."""
     wandb: bool = False
-    """Mirror the metrics to Weights & Biases."""
-    trust_remote_code: bool = False
-    """Let the model's repository run its own code."""
+    """Mirror metrics, samples and config to Weights & Biases; WANDB_MODE=offline keeps them in the run folder."""
+    tensorboard: bool = False
+    """Mirror metrics and samples to TensorBoard's files in the run folder. Needs the package tensorboard."""
 
     @property
     def samples_per_step(self) -> int:
@@ -320,6 +330,9 @@ class Args:
             raise ConfigError(
                 "--optimizer-states 8bit stays on the GPU; with --offload-optimizer True use fp32 or bf16"
             )
+        for name, value in dataclasses.asdict(self.alarms).items():
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"{_flag('alarms.' + name)} is {value}; it must be 0 (off) or more, and finite")
         for name in ("memory_gib", "kv_cache_gib"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -339,6 +352,45 @@ def _of_json(saved: dict[str, Any]) -> dict[str, Any]:
     if "alarms" in values:
         values["alarms"] = Thresholds(**values["alarms"])
     return values
+
+
+def read_flags(description: str) -> Args:
+    """Args of the command line. --help shows the flags under the titles of GROUPS, with the texts of Args.
+
+    tyro groups by nested dataclass, and Args is flat: the groups are made here, of the same fields, without prefixes.
+    """
+    import docstring_parser
+    import tyro
+
+    texts = {p.arg_name: p.description for p in docstring_parser.parse_from_object(Args).params}
+    firsts = {first: title for title, first in GROUPS.items()}
+    members: dict[str, list[tuple[str, Any, Any]]] = {}
+    title = ""
+    for f in dataclasses.fields(Args):
+        title = firsts.get(f.name, title)
+        if f.name == "alarms":  # a dataclass of its own, whose flags keep their prefix
+            continue
+        shown = tyro.conf.arg(prefix_name=False, **_help_of(" ".join(texts[f.name].split()), f.default))
+        members.setdefault(title, []).append((f.name, Annotated[f.type, shown], f.default))
+    groups = []
+    for title, fields in members.items():
+        group = dataclasses.make_dataclass("Flags", fields, frozen=True)
+        groups.append((title.replace(" ", "_"), Annotated[group, tyro.conf.arg(name=title)], group()))
+    groups.append(("alarms", Thresholds, Thresholds()))
+    nested = vars(tyro.cli(dataclasses.make_dataclass("Flags", groups, frozen=True), description=description))
+    alarms = nested.pop("alarms")
+    return Args(**{k: v for group in nested.values() for k, v in vars(group).items()}, alarms=alarms)
+
+
+def _help_of(text: str, default: Any) -> dict[str, str]:
+    """Help and hint of a flag: what a text says after "None:" is its default, and "A; B" are a real model's and the
+    tiny one's."""
+    if default == TINY_MODEL:
+        return {"help": text, "help_behavior_hint": "(default: the built-in tiny model)"}
+    text, _, unset = text.partition(" None: ")
+    if default is not None or not unset:
+        return {"help": text}
+    return {"help": text, "help_behavior_hint": f"(default: {unset.rstrip('.').replace('; ', '; built-in model: ')})"}
 
 
 def _flag(name: str) -> str:

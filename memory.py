@@ -5,6 +5,7 @@ prints the table with the choice and its reason, and after the first step what w
 """
 
 import itertools
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,11 @@ def host_memory() -> int:
         taken = int(used.read_text()) - int(stat["active_file"]) - int(stat["inactive_file"])
         available = min(available, int(limit.read_text()) - taken)
     return available
+
+
+def host_used() -> int:
+    """Bytes of the host's memory that this process holds (resident set, shared pages included)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass

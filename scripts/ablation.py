@@ -43,13 +43,11 @@ from typing import Any
 import tyro
 from ablation_report import Results, Variant, draw, report
 
-from config import Args, ConfigError
+from config import BY_MACHINE, Args, ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]*"
 OURS = ("seed", "runs_dir", "run_name")  # flags that this script gives
-# train.py writes what it decided where these are None
-BY_MACHINE = ("micro_batch_tokens", "gradient_checkpointing", "offload_optimizer", "compile")
 
 
 class AblationError(ValueError):
@@ -162,7 +160,7 @@ def differences(run: Run) -> list[str]:
     """Flags in which a finished run differs from what is asked now; a flag that is younger than the run counts as its
     default then."""
     had = json.loads((run.path / "config.json").read_text(encoding="utf-8"))
-    defaults = {field.name: field.default for field in dataclasses.fields(Args)}
+    defaults = dataclasses.asdict(Args())
     found = []
     for name, asked in run.config.items():
         value = had.get(name, defaults[name])

@@ -1,112 +1,74 @@
-"""Print what a run reached, and draw its curves from metrics.jsonl into curves.png in the run folder.
+"""Print what runs reached, and draw them: curves.png, and for each run a page to read, report.html, in its folder.
 
-What it leaves out: comparing several runs.
+Several runs are overlaid in one curves.png, beside their folders unless --out says otherwise; files among them are left
+out (runs/*). Runs whose config.json differs in seed, run name and folder alone become one line, their mean, with a band
+from the smallest to the largest value. The page needs no other file and no network; it shows samples.jsonl and
+events.jsonl where they are there.
 
     python scripts/plot_run.py runs/NAME
+    python scripts/plot_run.py runs/a-seed0 runs/a-seed1 runs/b-seed0 --out ab.png
     python scripts/plot_run.py runs/NAME --table     # and a Markdown table of the steps
 """
 
 import argparse
-import json
-import math
+import os
 import sys
 from pathlib import Path
 
-PANELS = [
-    ("accuracy", ["reward/mean", "eval/accuracy"]),
-    ("mean |log pi_old - log mu|", ["mismatch/abs_dlogp_mean"]),
-    ("entropy (nats)", ["train/entropy"]),
-    ("response length (tokens)", ["response/length_mean"]),
-    ("gradient norm", ["train/grad_norm"]),
-    ("seconds", ["time/rollout", "time/train", "time/step"]),
-]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-TABLE = [
-    ("step", "step", "d"),
-    ("reward", "reward/mean", ".3f"),
-    ("held-out", "eval/accuracy", ".3f"),
-    ("mixed", "sampling/groups_mixed", "d"),
-    ("drawn", "sampling/groups_drawn", "d"),
-    ("length", "response/length_mean", ".0f"),
-    ("abs dlogp", "mismatch/abs_dlogp_mean", ".4f"),
-    ("k3", "mismatch/kl_k3", ".4f"),
-    ("ESS", "mismatch/ess", ".4f"),
-    ("capped", "mismatch/capped_share", ".2%"),
-    ("grad norm", "train/grad_norm", ".2f"),
-    ("entropy", "train/entropy", ".3f"),
-    ("tok/s", "speed/rollout_tokens_per_s", ".0f"),
-    ("rollout s", "time/rollout", ".2f"),
-    ("train s", "time/train", ".2f"),
-    ("sync ms", "time/sync", "ms"),
-    ("verify ms", "time/verify", "ms"),
-    ("step s", "time/step", ".2f"),
-]
+from run_curves import ReportError, Run, draw, read_run
+from run_report import TABLE, cell, write_page
 
 
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl; exits with a message if the folder has none."""
-    path = folder / "metrics.jsonl"
-    if not path.is_file():
-        sys.exit(f"error: {path} is not there; give a run folder, e.g. runs/NAME")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    if not rows:
-        sys.exit(f"error: {path} is empty: the run ended before its first step")
-    return rows
-
-
-def series(rows: list[dict[str, float]], key: str) -> tuple[list[float], list[float]]:
-    """(steps, values) of a key, where it was logged."""
-    points = [(r["step"], r[key]) for r in rows if r.get(key) is not None and math.isfinite(r[key])]
-    return [s for s, _ in points], [v for _, v in points]
-
-
-def print_table(rows: list[dict[str, float]]) -> None:
+def print_table(run: Run) -> None:
     """A Markdown table, one line a step."""
-
-    def cell(row: dict[str, float], key: str, form: str) -> str:
-        value = row.get(key)
-        if value is None:
-            return ""
-        return f"{value * 1e3:.0f}" if form == "ms" else format(value, form)
-
     print("| " + " | ".join(name for name, *_ in TABLE) + " |")
     print("|---" * len(TABLE) + "|")
-    for row in rows:
+    for row in run.rows:
         print("| " + " | ".join(cell(row, key, form) for _, key, form in TABLE) + " |")
+
+
+def print_accuracy(run: Run, prefix: str) -> None:
+    accuracy = run.finite("eval/accuracy")
+    if accuracy:
+        (first, before), (last, after) = accuracy[0], accuracy[-1]
+        print(f"{prefix}held-out accuracy: {before:.3f} at step {first:.0f} -> {after:.3f} at step {last:.0f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="RUN")
     parser.add_argument("--table", action="store_true", help="print a Markdown table of the steps")
+    parser.add_argument("--out", type=Path, help="PNG of the curves (RUN/curves.png; of several runs beside them)")
     args = parser.parse_args()
-    folder = args.folder
-    rows = read_metrics(folder)
-    if args.table:
-        print_table(rows)
-    steps, accuracy = series(rows, "eval/accuracy")
-    if accuracy:
-        print(
-            f"held-out accuracy: {accuracy[0]:.3f} at step {steps[0]:.0f} -> {accuracy[-1]:.3f} at step {steps[-1]:.0f}"
-        )
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
-    for axis, (title, keys) in zip(axes.flat, PANELS, strict=True):
-        for key in keys:
-            x, y = series(rows, key)
-            axis.plot(x, y, marker="o" if key.startswith("eval/") else None, label=key)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.suptitle(folder.name)
-    figure.savefig(folder / "curves.png", dpi=110)
-    print(f"curves: {folder / 'curves.png'}\nrun folder: {folder}")
+    folders = list({f.resolve(): f for f in args.folders if len(args.folders) == 1 or not f.is_file()}.values())
+    if not folders:
+        raise ReportError("no run folder is among these files; give some, e.g. runs/NAME")
+    runs = [read_run(folder) for folder in folders]
+    for run in runs:
+        for note in run.notes:
+            print(f"note: {note}", file=sys.stderr)
+        if args.table:
+            print(f"{run.folder}:\n" if len(runs) > 1 else "", end="")
+            print_table(run)
+        print_accuracy(run, f"{run.name}: " if len(runs) > 1 else "")
+    for run in runs:
+        write_page(run, run.folder / "report.html")
+        print(f"report: {run.folder / 'report.html'}")
+    folder = runs[0].folder if len(runs) == 1 else Path(os.path.commonpath([f.resolve().parent for f in folders]))
+    out = args.out or folder / "curves.png"
+    try:
+        draw(runs, out)
+    except ImportError as error:
+        raise ReportError(f"{out} was not drawn: {error}; pip install matplotlib") from error
+    print(f"curves: {out}")
+    if len(runs) == 1:
+        print(f"run folder: {folder}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ReportError, OSError) as error:
+        sys.exit(f"error: {error}")

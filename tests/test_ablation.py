@@ -3,6 +3,8 @@
 Most runs are those of a train.py that only writes what it is told to; one whole ablation is real.
 """
 
+import dataclasses
+
 import runtime  # noqa: F401
 
 # isort: split
@@ -84,7 +86,7 @@ class Fake:
     def __init__(self, folder: Path):
         self.folder, self.here = folder / "ablation", folder
         (folder / "fake.py").write_text(FAKE_TRAIN)
-        config = vars(Args().resolved())
+        config = dataclasses.asdict(Args().resolved())
         # As train.py does, with what the machine decided.
         (folder / "config.json").write_text(json.dumps(config | {"micro_batch_tokens": 4096, "compile": False}))
 

@@ -192,6 +192,43 @@ def test_docstrings_of_unset_flags_say_both_defaults():
         assert [type(real)(s) for s in said] == wanted, f"{name}: {text!r}"
 
 
+def test_help_is_grouped_by_fields_that_stand_in_that_order():
+    fields = [f.name for f in dataclasses.fields(Args)]
+    firsts = list(config.GROUPS.values())
+    assert firsts[0] == fields[0] and [f for f in fields if f in firsts] == firsts
+
+
+def flags(monkeypatch, *given: str) -> Args:
+    monkeypatch.setattr("sys.argv", ["train.py", *given])
+    return config.read_flags("What it does.")
+
+
+def test_help_has_every_flag_with_its_default_under_its_title(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as end:
+        flags(monkeypatch, "--help")
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and "What it does." in text
+    places = [text.index(f" {title} options ") for title in config.GROUPS]
+    assert places == sorted(places)
+    for field in dataclasses.fields(Args):
+        assert re.search(rf"\W{config._flag(field.name)}\W", text), field.name
+    assert "None: " not in text and "default: None" not in text
+    said = " ".join(text.replace("│", " ").split())
+    for default in ("(default: 100; built-in model: 60)", "(default: 512)", "(default: off)", "(default: token-tis)"):
+        assert default in said
+    assert text.index("--tis-cap ") > text.index("correction and loss options") > text.index("--rollout-quant ")
+
+
+def test_flags_are_the_fields_without_prefixes(monkeypatch):
+    assert flags(monkeypatch) == Args()
+    given = ("--lr", "1", "--no-prove-sync", "--tis-cap=None", "--sleep=2", "--compile", "False", "--tensorboard")
+    expected = Args(lr=1.0, prove_sync=False, tis_cap=None, sleep="2", compile=False, tensorboard=True)
+    assert flags(monkeypatch, *given) == expected
+    with pytest.raises(SystemExit):
+        flags(monkeypatch, "--optimizer.lr=1")
+
+
 # ---- config.json
 
 

@@ -8,6 +8,7 @@ import runtime  # noqa: F401  (first: it sets what torch reads at import)
 
 # isort: split
 import copy
+import dataclasses
 import importlib.util
 import json
 import math
@@ -25,6 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Qwen2Config
 
 import packing
+import run_report
 import train
 from checkpoint import Snapshot
 from config import TINY_MODEL, Args
@@ -325,6 +327,35 @@ def test_a_nan_of_the_sampler_does_not_reach_the_weights():
     assert any(not torch.equal(a, b) for a, b in zip(weights_of(policy), weights_of(plain), strict=True))
 
 
+def logged(groups: list[Group]) -> list[list[float]]:
+    return [s.logprobs for g in groups for s in g.samples]
+
+
+@pytest.mark.parametrize(("updates", "correction"), [(1, "token-tis"), (2, "token-tis"), (4, "none"), (1, "ppo-is")])
+def test_the_trainers_log_probs_of_logged_samples_are_those_of_the_steps_start(updates, correction):
+    policy = make_policy()
+    groups = random_groups(policy)
+    batch, _ = train.build_batch(groups, make_args(), CPU)
+    expected = policy.compute_logprobs(batch, 1000).split(batch.lengths.tolist())
+    args = make_args(updates_per_batch=updates, correction=correction, micro_batch_tokens=20, max_prompt_len=8)
+    train.train_step(policy, groups, dataclasses.replace(args, log_samples=3))
+    found = logged(groups)
+    assert [len(f) > 0 for f in found] == [True] * 3 + [False] * 5, "two of the first group, one of the second"
+    for logprobs, wanted in zip(found[:3], expected, strict=False):
+        assert logprobs == pytest.approx(wanted.tolist(), abs=1e-4)
+
+
+def test_without_logged_samples_nothing_is_kept_and_filtered_ones_have_no_log_probs():
+    policy = make_policy()
+    groups = two_groups()
+    train.train_step(policy, groups, make_args(log_samples=0))
+    assert logged(groups) == [[]] * 4
+    for sample in groups[0].samples:
+        sample.finish_reason = "length"
+    train.train_step(policy, groups, make_args(log_samples=4, overlong_filter=True, updates_per_batch=2))
+    assert [len(x) for x in logged(groups)] == [0, 0, 3, 1], "the first group's mini-batch had no token to train on"
+
+
 def test_a_bandit_learns_its_token():
     """One prompt, one-token answers, reward 1 for one token of 40. Forty steps of samples drawn from the policy."""
     policy, prompt, target = make_policy(lr=3e-3), [1, 2, 3], 7
@@ -421,6 +452,7 @@ def fake(monkeypatch):
     monkeypatch.setattr(train, "Engine", FakeEngine)
     monkeypatch.setattr(train, "SyncPlan", FakePlan)
     monkeypatch.setattr(FakeEngine, "events", [])
+    monkeypatch.setattr(run_report, "draw", lambda runs, out: out.write_bytes(b"drawn"))  # a second for each run
     return FakeEngine.events
 
 
@@ -505,8 +537,9 @@ def test_a_stop_gives_up_the_step_and_saves_what_is_done(fake, tmp_path, monkeyp
     assert f"go on with: python train.py --resume {folder}" in out.splitlines()
     if when == "first step's rollouts":
         assert "stopped after 0 of 50" in out
-        assert not (folder / "checkpoints").exists() and not (folder / "metrics.jsonl").exists()
+        assert sorted(p.name for p in folder.iterdir()) == [".lock", "config.json", "env.json"]
     else:
+        assert (folder / "report.html").is_file() and (folder / "curves.png").read_bytes() == b"drawn"
         assert "stopped after 1 of 50" in out, "the second step is given up at its first micro-batch"
         assert [m["step"] for m in read_lines(folder / "metrics.jsonl")] == [1]
         assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-000001"]
@@ -567,7 +600,22 @@ def test_a_failure_in_the_middle_saves_what_was_learned(fake, tmp_path, monkeypa
     with pytest.raises(SystemExit, match="layer 1 is stale" if phase == "sync" else "--micro-batch-tokens"):
         run_main(monkeypatch, *one_or_two(tmp_path), "--steps=5", "--eval-every=0", "--run-name=x")
     assert (tmp_path / "runs" / "x" / "checkpoints" / "step-000002" / "model.safetensors").is_file()
+    assert (tmp_path / "runs" / "x" / "report.html").is_file()
     assert "step-000002" in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_made_does_not_cost_the_run(fake, tmp_path, monkeypatch, capsys):
+    def broken(*args):
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr(run_report, "draw", broken)
+    monkeypatch.setattr(run_report, "write_page", broken)
+    run_main(monkeypatch, *one_or_two(tmp_path), "--steps=1", "--eval-every=0", "--run-name=x")
+    folder = tmp_path / "runs" / "x"
+    lines = capsys.readouterr().out.splitlines()
+    later = f"was not written (RuntimeError: no ink); later: python scripts/plot_run.py {folder}"
+    assert f"{folder / 'report.html'} {later}" in lines and f"{folder / 'curves.png'} {later}" in lines
+    assert lines[-1] == f"run folder {folder}" and (folder / "checkpoints" / "step-000001").is_dir()
 
 
 @pytest.mark.parametrize("then", ["goes on", "fails"])
@@ -620,6 +668,14 @@ def test_8_bit_moments_without_torchao_are_refused_before_anything_is_built(fake
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     with pytest.raises(SystemExit, match="pip install torchao"):
         run_main(monkeypatch, *one_or_two(tmp_path), "--optimizer-states=8bit")
+    assert fake == [] and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_built(fake, tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit, match=f"error: --{name} needs .* pip install {name}"):
+        run_main(monkeypatch, *one_or_two(tmp_path), f"--{name}")
     assert fake == [] and not (tmp_path / "runs").exists()
 
 
@@ -789,6 +845,24 @@ class TestFinishedRun:
             assert s["answer"] == str(a + b)
             assert s["reward"] == float(s["text"].strip() == s["answer"])
             assert s["finish_reason"] in ("stop", "length") and 1 <= s["tokens"] <= 8
+
+    def test_logged_tokens_have_their_text_and_both_sides_log_probs(self, finished_run):
+        gaps = []
+        for s in read_lines(finished_run[1] / "samples.jsonl"):
+            assert len(s["token_texts"]) == len(s["rollout_logprobs"]) == len(s["logprobs"]) == s["tokens"]
+            assert "".join(s["token_texts"]).startswith(s["text"])
+            assert s["token_texts"][-1].startswith("<|") == (s["finish_reason"] == "stop")
+            assert all(x <= 0 and round(x, 4) == x for x in s["rollout_logprobs"] + s["logprobs"])
+            gaps += [abs(a - b) for a, b in zip(s["rollout_logprobs"], s["logprobs"], strict=True)]
+        assert 0.002 < sum(gaps) / len(gaps) < 0.3, "of FP8 and bf16; 0 would be one side twice"
+
+    def test_it_can_be_read(self, finished_run):
+        done, folder = finished_run
+        assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+        assert f"report {folder / 'report.html'}" in done.stdout.splitlines()
+        page = (folder / "report.html").read_text(encoding="utf-8")
+        for word in ("held-out accuracy", "3 of 3", "token_texts", "What is", "tiny-adder"):
+            assert word in page, word
 
     def test_config_and_environment(self, finished_run):
         config = json.loads((finished_run[1] / "config.json").read_text())
