@@ -109,9 +109,10 @@ class Snapshot:
         try:
             (folder / TRAINING).mkdir()
             if self._ready is not None:
-                stream = torch.cuda.Stream()
+                device = next(iter(self._model_state.values())).device
+                stream = torch.cuda.Stream(device)
                 stream.wait_event(self._ready)
-                with torch.cuda.stream(stream):
+                with torch.cuda.device(device), torch.cuda.stream(stream):
                     model, optimizer = self._copies()
             else:
                 model, optimizer = self._copies()

@@ -133,7 +133,7 @@ def train(args: Args) -> Path:
             sync_weights(engine, plan, step, clock)
             last = step == args.steps
             accuracy = progress.loop.accuracy
-            if held_out and not stop.requested and (step % args.eval_every == 0 or last):
+            if held_out and (step % args.eval_every == 0 or last):  # after a signal too: a step is done or not
                 with clock("eval"):
                     engine.wake("kv_cache")
                     accuracy = metrics["eval/accuracy"] = evaluate(engine, held_out, rewards, args, run, step)

@@ -807,6 +807,22 @@ def finished_run(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
     return done, runs / "x"
 
 
+OPEN_IN_VLLM = """
+import json, sys
+import runtime
+from engine_options import check_platform
+if not check_platform("none"):
+    import cpu_backend
+    cpu_backend.prepare()
+import vllm
+llm = vllm.LLM(model=sys.argv[1], max_model_len=64, kv_cache_memory_bytes=1 << 27, gpu_memory_utilization=0.1,
+               enforce_eager=True)
+chats = [[{"role": "user", "content": f"{11 + i} + {42 + i}"}] for i in range(32)]
+outputs = llm.chat(chats, vllm.SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+print(json.dumps([o.outputs[0].text.strip() for o in outputs]))
+"""
+
+
 @needs_tiny_model
 @needs_engine
 class TestFinishedRun:
@@ -882,6 +898,16 @@ class TestFinishedRun:
                 assert 0 < change.max() < 0.02, f"{name}: three updates at lr 3e-4 move it, but not far"
         tokenizer = AutoTokenizer.from_pretrained(folder)
         assert tokenizer.apply_chat_template([{"role": "user", "content": "1"}], tokenize=False)
+
+    def test_the_checkpoint_opens_in_vllm(self, finished_run):
+        """By its own loader, as somebody else would serve it; in a process of its own, as that somebody would."""
+        done = subprocess.run(
+            [sys.executable, "-c", OPEN_IN_VLLM, str(finished_run[1] / "checkpoints" / "step-000003")],
+            cwd=ROOT, capture_output=True, text=True, timeout=150,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        answers = json.loads(done.stdout.splitlines()[-1])
+        assert len(answers) == 32 and sum(a.isdigit() for a in answers) >= 24, "it answers sums with numbers"
 
 
 @needs_tiny_model
