@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from alarms import Thresholds
 from corrections import CORRECTIONS, Correction
+from lora import LoraSettings
 from loss import ADVANTAGES, REDUCTIONS
 
 TINY_MODEL = str(Path(__file__).resolve().parent / "assets" / "tiny-adder")
@@ -49,9 +50,9 @@ GROUPS = {  # title in --help: its first flag; the fields of Args stand in this 
 }
 
 POSITIVE = ("steps", "prompts_per_step", "max_prompt_len", "max_response_len", "max_sample_rounds", "max_num_seqs",
-            "keep_last", "lr", "micro_batch_tokens", "updates_per_batch", "max_grad_norm", "temperature",
-            "reward_workers", "reward_time_limit")  # fmt: skip
-AT_LEAST_ZERO = ("eval_size", "eval_every", "save_every", "warmup_steps", "weight_decay", "clip_low",
+            "keep_last", "lr", "lora_alpha", "micro_batch_tokens", "updates_per_batch", "max_grad_norm",
+            "temperature", "reward_workers", "reward_time_limit")  # fmt: skip
+AT_LEAST_ZERO = ("lora_rank", "eval_size", "eval_every", "save_every", "warmup_steps", "weight_decay", "clip_low",
                  "log_samples", "overlong_buffer", "seed")  # fmt: skip
 
 
@@ -168,6 +169,12 @@ class Args:
     """Gradients are clipped to this norm; an update whose norm is not finite is skipped and counted."""
     updates_per_batch: int = 1
     """Optimizer updates for each batch of rollouts; above 1 the trainer recomputes old log-probs first."""
+    lora_rank: int = 0
+    """Train LoRA adapters of this rank on a frozen base, not all weights; 0 for none."""
+    lora_alpha: float | None = None
+    """The adapters count alpha / rank. None: twice the rank."""
+    lora_targets: str = "all-linear"
+    """Layers that get adapters, by comma: q_proj,v_proj."""
     optimizer_states: Literal["fp32", "bf16", "8bit"] = "fp32"
     """AdamW's moments: 8, 4 or 2 bytes a parameter beside the fp32 master weight. 8bit needs torchao."""
 
@@ -214,6 +221,11 @@ class Args:
     """Mirror metrics, samples and config to Weights & Biases; WANDB_MODE=offline keeps them in the run folder."""
     tensorboard: bool = False
     """Mirror metrics and samples to TensorBoard's files in the run folder. Needs the package tensorboard."""
+
+    @property
+    def lora(self) -> LoraSettings | None:
+        alpha = 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+        return LoraSettings(self.lora_rank, alpha, self.lora_targets) if self.lora_rank else None
 
     @property
     def samples_per_step(self) -> int:
@@ -325,6 +337,10 @@ class Args:
             raise ConfigError(
                 f"--micro-batch-tokens {self.micro_batch_tokens} is less than one full sequence of --max-prompt-len "
                 f"{self.max_prompt_len} + --max-response-len {self.max_response_len} = {self.max_model_len} tokens"
+            )
+        if self.lora_rank and self.rollout_quant.endswith("-sim"):
+            raise ConfigError(
+                f"--rollout-quant {self.rollout_quant} rounds whole weights; leave --lora-rank out with it"
             )
         if self.offload_optimizer and self.optimizer_states == "8bit":
             raise ConfigError(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from head_logprobs import CHUNK_ELEMENTS
+from lora import LoraSettings, add_adapters, trained
 from optimizer import PIECE_ELEMENTS, SLOTS, STATE_BYTES
 
 GIB = 2**30
@@ -21,7 +22,7 @@ HOST_USABLE = 0.85  # of the host's: the other processes of the run live there t
 LIBRARIES = int(0.6 * GIB)  # their handles, loaded kernels and workspaces
 GRAPHS = int(0.9 * GIB)  # the engine's CUDA graphs; they stay even while it sleeps
 MICRO_BATCH_CHOICES = (16384, 8192, 4096)  # tokens, in order of preference
-WEIGHT_AND_GRADIENT = 2 + 4  # bytes a parameter: bf16 weight, fp32 gradient
+GRADIENT = 4  # bytes a trained parameter, fp32
 
 
 class MemoryPlanError(RuntimeError):
@@ -42,10 +43,14 @@ class ModelSizes:
     query: int  # heads x head size
     key: int  # key/value heads x head size
     norms_of_heads: bool = False  # Qwen3's of q and k
+    trained: int | None = None  # parameters with gradient and optimizer state; None: all
+    adapted: int = 0  # linear layers with an adapter, and its rank
+    rank: int = 0
 
 
-def model_sizes(config: Any, trust_remote_code: bool = False) -> ModelSizes:
-    """Sizes of the causal LM that `config` (transformers) describes. Raises ValueError if it describes none."""
+def model_sizes(config: Any, trust_remote_code: bool = False, lora: LoraSettings | None = None) -> ModelSizes:
+    """Sizes of the causal LM that `config` (transformers) describes, with adapters if there are to be some. Raises
+    ValueError if it describes none, LoraError for adapters that fit nowhere."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -53,6 +58,12 @@ def model_sizes(config: Any, trust_remote_code: bool = False) -> ModelSizes:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n}
+    adapters = {}
+    if lora is not None:
+        with torch.device("meta"):
+            add_adapters(model, lora)
+        adapted = sum(hasattr(m, "lora_A") for m in model.modules())
+        adapters = {"trained": trained(model), "adapted": adapted, "rank": lora.rank}
     return ModelSizes(
         parameters=sum(p.numel() for p in model.parameters()),
         linear_layers={n: m.weight.numel() for n, m in linear.items()},
@@ -64,6 +75,7 @@ def model_sizes(config: Any, trust_remote_code: bool = False) -> ModelSizes:
         query=config.num_attention_heads * head_dim,
         key=kv_heads * head_dim,
         norms_of_heads=any(n.endswith("q_norm.weight") for n, _ in model.named_parameters()),
+        **adapters,
     )
 
 
@@ -79,7 +91,10 @@ def activation_bytes(s: ModelSizes, tokens: int, checkpointing: bool, compiled: 
     else:
         layer = 7 * s.hidden + 3 * s.query + 3 * s.key + 2 * norms + 4 * s.intermediate
     kept = s.layers * s.hidden + 2 * layer if checkpointing else s.layers * layer  # recomputed with its gradients
-    head = 2 * min(CHUNK_ELEMENTS, tokens * s.vocab) * 2 + 6 * s.vocab * s.hidden  # logits; the weight's gradient
+    kept += s.adapted * s.rank / (s.layers if checkpointing else 1)  # an adapter's inner features
+    head = 2 * min(CHUNK_ELEMENTS, tokens * s.vocab) * 2  # logits
+    if s.trained is None:
+        head += 6 * s.vocab * s.hidden  # the weight's gradient
     return int(2 * tokens * kept + head)
 
 
@@ -170,10 +185,11 @@ def plan_memory(
     least = s.kv_bytes_per_token * (max_model_len + 16)
     wanted = least * max_num_seqs if kv_cache_gib is None else int(kv_cache_gib * GIB)
     states = STATE_BYTES[optimizer_states]
+    learns = s.parameters if s.trained is None else s.trained
 
     def try_plan(level: int, checkpoint: bool, tokens: int, on_host: bool) -> tuple[bool, MemoryPlan]:
         slots = int(SLOTS * states * PIECE_ELEMENTS)
-        state = WEIGHT_AND_GRADIENT * s.parameters + (slots if on_host else int(states * s.parameters))
+        state = 2 * s.parameters + GRADIENT * learns + (slots if on_host else int(states * learns))
         peak = activation_bytes(s, tokens, checkpoint, compiled)
         others = (peak if level == 0 else 0) + LIBRARIES + weights + GRAPHS + workspace + state
         kv = min(wanted, usable - others)
@@ -187,7 +203,7 @@ def plan_memory(
                 f"they do not fit together ({short / GIB:.1f} GiB short); the sync rewrites every weight, so none is "
                 "kept on the host"
             )
-        host = int(states * s.parameters) if on_host else 0
+        host = int(states * learns) if on_host else 0
         plan = MemoryPlan(
             level, checkpoint, on_host, tokens, kv, reason, wanted, free, weights, workspace, state, peak, host
         )

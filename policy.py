@@ -19,6 +19,7 @@ import packing
 from checkpoint import Checkpoint, LoopState, Snapshot
 from head_logprobs import CHUNK_ELEMENTS as LOGITS_CHUNK_ELEMENTS
 from head_logprobs import head_logprobs
+from lora import has_adapters
 from optimizer import MasterAdamW
 from packing import pack
 
@@ -104,7 +105,8 @@ class Policy:
 
     Args:
         model: HF causal LM of one of FAMILIES, bf16, on its device, attending by packing.ATTENTION (load_model's).
-            Its tensors stay where they are for the whole run.
+            What requires a gradient is trained: all of it, or adapters (lora.add_adapters). Its tensors stay where they
+            are for the whole run.
         lr, weight_decay, betas: AdamW; weight decay on matrices alone.
         warmup_steps: linear warm-up, then a constant lr.
         max_grad_norm: global norm to clip to.
@@ -253,23 +255,28 @@ class Policy:
         return named
 
     def load_training(self, checkpoint: Checkpoint) -> None:
-        """Master weights, moments and counters of a checkpoint, whose bf16 weights the model has already."""
+        """Master weights, moments and counters of a checkpoint, and the bf16 weights that they round to."""
         checkpoint.load_optimizer(self.optimizer_state())
+        with torch.no_grad():  # a checkpoint of adapters has its weights only here
+            for weight, master in zip(self._weights, self.optimizer.masters, strict=True):
+                weight.copy_(master)
         numbers = checkpoint.loop.policy
         self.updates, self.skipped = numbers["updates"], numbers["skipped"]
         self.optimizer.set_updates(numbers["optimizer_updates"])
 
     def snapshot(self, tokenizer: Any, loop: LoopState, random_tensors: Mapping[str, torch.Tensor]) -> Snapshot:
         """A checkpoint of now, to be written in any thread: the bf16 policy with its tokenizer in HF layout, which vLLM
-        and transformers open, and beside it all that training goes on from."""
+        and transformers open (of a LoRA policy its adapters, which peft opens), and beside it all that training goes
+        on from."""
 
         def write_model(folder: Path, state: dict[str, torch.Tensor]) -> None:
             self.model.save_pretrained(folder, state_dict=state, safe_serialization=True)
             tokenizer.save_pretrained(folder)
 
-        return Snapshot(
-            self.model.state_dict(), self.optimizer_state(), write_model, loop, random_tensors, self.optimizer.offload
-        )
+        state = self.model.state_dict()
+        if has_adapters(self.model):
+            state = {name: state[name] for name in self._names}
+        return Snapshot(state, self.optimizer_state(), write_model, loop, random_tensors, self.optimizer.offload)
 
 
 def _add_to(total: torch.Tensor) -> Any:

@@ -6,7 +6,7 @@
 
     python train.py --resume runs/NAME                                   # goes on where that run ended, or was ended
 
-The loop is `train()`. What it leaves out today: more than one GPU, LoRA, multi-turn.
+The loop is `train()`. What it leaves out today: more than one GPU, multi-turn.
 """
 
 import runtime  # noqa: F401  (first: it sets what torch and vLLM read at import)
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+import lora
 from alarms import AlarmError, Alarms
 from checkpoint import Checkpoint, CheckpointError
 from config import Args, ConfigError, read_flags
@@ -82,6 +83,8 @@ def train(args: Args) -> Path:
     check_platform(args.rollout_quant, args.kv_cache_dtype)
     check_states(args.optimizer_states)
     check_trackers(args.wandb, args.tensorboard)
+    if args.lora is not None:
+        lora.check_peft()
     config, tokenizer = load_config(args)
     args, memory, skip = plan_device(args, config)
     used = MemoryLog(memory, args.memory_bytes) if torch.cuda.is_available() else None
@@ -364,9 +367,9 @@ def build(
     engine_ready = time.perf_counter()
     if used is not None:
         used.mark("engine")
-    model = load_model(str(checkpoint.folder) if checkpoint else args.model, device, args.trust_remote_code)
-    bits = SIMULATED.get(args.rollout_quant)
-    plan = SyncPlan.build(rounded_sources(model, bits, skip) if bits else model, engine.model)
+    whole = str(checkpoint.folder) if checkpoint and not args.lora else args.model
+    model = load_model(whole, device, args.trust_remote_code)
+    plan = SyncPlan.build(sync_sources(model, args, skip), engine.model)
     plan.check_formats(args.rollout_quant, skip)
     plan.check_coverage(engine.weight_blocks())
     if args.prove_sync and args.rollout_quant != "int8":
@@ -402,6 +405,17 @@ def build(
     return engine, policy, plan, PromptStream(prompts, args.seed), held_out, rewards
 
 
+def sync_sources(model: torch.nn.Module, args: Args, skip: list[str]) -> Any:
+    """What the sync reads, for SyncPlan.build; puts adapters into the model where the policy is to have some."""
+    bits = SIMULATED.get(args.rollout_quant)
+    if args.lora is not None:
+        lora.add_adapters(model, args.lora)
+        counts = lora.trained(model) / 1e6, sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"LoRA: {counts[0]:.2f} M of {counts[1]:.0f} M parameters are trained", flush=True)
+        return lora.sources(model)
+    return rounded_sources(model, bits, skip) if bits else model
+
+
 def load_config(args: Args) -> tuple[Any, Any]:
     """(config, tokenizer) of --model; ConfigError if there is none, or if it is too short for the lengths asked for."""
     from transformers import AutoConfig, AutoTokenizer
@@ -433,7 +447,7 @@ def plan_device(args: Args, config: Any) -> tuple[Args, MemoryPlan, list[str]]:
     """(arguments with what the memory plan chose, the plan, layers that stay bf16); prints the plan. On a CPU it is the
     KV cache's size alone."""
     try:
-        sizes = model_sizes(config, args.trust_remote_code)
+        sizes = model_sizes(config, args.trust_remote_code, args.lora)
     except (ValueError, AttributeError) as error:  # no causal LM, or one whose config has other names
         reason = str(error).splitlines()[0][:200]
         raise ConfigError(f"--model {args.model} ({config.model_type}) cannot be trained here: {reason}") from error
@@ -586,6 +600,7 @@ ERRORS = (
     ConfigError,
     DataError,
     EngineError,
+    lora.LoraError,
     MemoryPlanError,
     OptimizerError,
     PackingError,

@@ -39,6 +39,10 @@ WANTED = {
     "dapo_math_qwen3_32b_fp8": SKYRL_GSM8K
     | {"model": "Qwen/Qwen3-32B", "rollout_quant": "fp8", "data": "dapo-math", "eval_data": "aime-2024"}
     | {"prompts_per_step": 16, "samples_per_prompt": 4, "updates_per_batch": 1},
+    "dapo_math_qwen3_32b_lora_fp8": SKYRL_GSM8K
+    | {"model": "Qwen/Qwen3-32B", "rollout_quant": "fp8", "data": "dapo-math", "eval_data": "aime-2024"}
+    | {"prompts_per_step": 16, "samples_per_prompt": 4, "updates_per_batch": 1, "lr": 1e-5}
+    | {"lora_rank": 32, "lora_alpha": 32.0, "lora_targets": "all-linear"},
     "dapo_repro_qwen2.5_32b_int8": SKYRL_GSM8K
     | {"model": "Qwen/Qwen2.5-32B", "rollout_quant": "int8", "data": "dapo-math", "eval_data": "aime-2024"}
     | {"prompts_per_step": 128, "samples_per_prompt": 16, "max_prompt_len": 2048, "max_response_len": 20480}
@@ -86,7 +90,7 @@ def test_the_head_gives_every_flag_its_value_and_a_source(recipe):
     said = {}
     for line in head:
         values, source = re.split(r" {2,}", line, maxsplit=1)
-        assert re.match(r"(?:[SFVD]\b|own choice|all of|the whole)", source), line
+        assert re.match(r"(?:[SFVDL]\b|own choice|all of|the whole)", source), line
         for flag, value in re.findall(r"(--[a-z-]+)(?: (?!--)(\S+))?", values):
             said[flag] = value
     passed = {}

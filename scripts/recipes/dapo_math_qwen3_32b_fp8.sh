@@ -5,8 +5,8 @@
 #    at commit 825f2e82e289d6011d80957c48132618fed3d460. It trains on GSM8K, and says that it was tested on
 #    2 x 8 H100.
 # D: the defaults of that commit, skyrl-train/skyrl_train/config/ppo_base_config.yaml.
-# Hardware: several GPUs, which train.py does not use yet. On one of them it stops before anything large is allocated,
-# and prints the memory plan that does not fit: 32.8e9 parameters take 18 bytes each, 6 of them on the GPU even with
+# Hardware: several GPUs, which train.py does not use yet. On one of them (there is dapo_math_qwen3_32b_lora_fp8.sh for
+# one) it stops before anything large is allocated, and prints the memory plan that does not fit: 32.8e9 parameters take 18 bytes each, 6 of them on the GPU even with
 # --offload-optimizer True. This script has not been run.
 #
 #   --model Qwen/Qwen3-32B              S

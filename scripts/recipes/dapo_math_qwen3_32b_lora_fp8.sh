@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# DAPO-Math, Qwen3-32B, FP8 rollouts, LoRA on one GPU: the sizes of FlashRL's recipe in SkyRL, with a frozen base.
+#
+# S: NovaSky-AI/SkyRL, skyrl-train/examples/flash_rl/run_dapo_flashrl_32b.sh
+#    at commit 825f2e82e289d6011d80957c48132618fed3d460. It trains all weights on GSM8K, on 2 x 8 H100.
+# D: the defaults of that commit, skyrl-train/skyrl_train/config/ppo_base_config.yaml.
+# L: Schulman et al. 2025, "LoRA Without Regret", and Tinker's documentation of LoRA: adapters on all linear layers, a
+#    higher learning rate than that of full fine-tuning, in RL as good as it.
+# Hardware: meant for one H200: 61 GiB of bf16 base, 31 of FP8 engine, the rest for KV cache and activations. This
+# script has not been run.
+#
+#   --lora-rank 32                      L, Tinker's default; 0.27e9 of 32.8e9 parameters
+#   --lora-alpha 32                     own choice
+#   --lora-targets all-linear           L
+#   --model Qwen/Qwen3-32B              S
+#   --data dapo-math                    own choice (S: GSM8K)
+#   --eval-data aime-2024               own choice
+#   --eval-size 30                      own choice: all of AIME 2024
+#   --chat-template-kwargs              own choice: with thinking most answers would be cut at 1024 tokens
+#   --rollout-quant fp8                 S, FP8, one scale a matrix
+#   --prompts-per-step 16               S, train_batch_size
+#   --updates-per-batch 1               S, train_batch_size 16 / policy_mini_batch_size 16
+#   --samples-per-prompt 4              S, n_samples_per_prompt
+#   --max-prompt-len 512                S
+#   --max-response-len 1024             S
+#   --overlong-filter                   S, apply_overlong_filtering
+#   --overlong-buffer 512               S, with penalty factor 1
+#   --dynamic-sampling                  S
+#   --max-sample-rounds 30              S, max_sample_batches
+#   --clip-low 0.2 --clip-high 0.28     S
+#   --dual-clip 10                      S, clip_ratio_c
+#   --tis-cap 2                         S, by token
+#   --temperature 1                     S
+#   --lr 1e-5                           own choice, ten times S's, after L
+#   --weight-decay 0.1                  S
+#   --warmup-steps 0                    D, num_warmup_steps
+#   --max-grad-norm 1                   S
+#   --steps 1000                        own choice: about one epoch (S: 20 epochs of GSM8K)
+#   --eval-every 5 --save-every 10      S
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+exec python train.py \
+  --lora-rank 32 --lora-alpha 32 --lora-targets all-linear \
+  --model Qwen/Qwen3-32B --data dapo-math --eval-data aime-2024 --eval-size 30 --rollout-quant fp8 \
+  --chat-template-kwargs '{"enable_thinking": false}' \
+  --prompts-per-step 16 --updates-per-batch 1 --samples-per-prompt 4 \
+  --max-prompt-len 512 --max-response-len 1024 --overlong-filter --overlong-buffer 512 \
+  --dynamic-sampling --max-sample-rounds 30 \
+  --clip-low 0.2 --clip-high 0.28 --dual-clip 10 --tis-cap 2 --temperature 1 \
+  --lr 1e-5 --weight-decay 0.1 --warmup-steps 0 --max-grad-norm 1 \
+  --steps 1000 --eval-every 5 --save-every 10 "$@"
