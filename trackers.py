@@ -2,21 +2,18 @@
 
 Each takes the metrics under the keys and at the steps of metrics.jsonl, the samples and the config. One that fails in
 the middle of a run does not end it: that is said once and counted. What the environment or an address holds as a secret
-is taken out of the config first (`without_secrets`).
+is taken out of the config first (keys.without_secrets).
 """
 
 import json
-import os
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from keys import without_secrets
+
 SAMPLE_COLUMNS = ("step", "id", "prompt", "text", "answer", "reward", "tokens", "finish_reason")
-SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
-SECRET_LENGTH = 8  # a variable's value that is shorter is a word, which text may hold by chance
-ADDRESS = re.compile(r"(?<=://)[^/?#\s@]+(?=@)")  # user:password in an address
 
 
 class TrackerError(RuntimeError):
@@ -118,26 +115,6 @@ class _TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
-
-
-def without_secrets(value: Any) -> Any:
-    """The same (text, or dicts and lists of it), with "***" for the values of the environment's variables that are
-    named as secrets (..._KEY, ..._TOKEN, ...) and for what stands before the @ of an address."""
-    secrets = [v for k, v in os.environ.items() if SECRET_NAME.search(k) and len(v) >= SECRET_LENGTH]
-    secrets.sort(key=len, reverse=True)  # one may begin another
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: clean(v) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [clean(v) for v in value]
-        if not isinstance(value, str):
-            return value
-        for secret in secrets:
-            value = value.replace(secret, "***")
-        return ADDRESS.sub("***", value)
-
-    return clean(value)
 
 
 def _as_text(value: Any) -> Any:

@@ -211,7 +211,7 @@ def test_an_error_does_not_repeat_a_key(planted, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(SystemExit) as end:
         train.main()
-    assert end.value.code == "error: https://user:[HF_TOKEN]@host refused the connection"
+    assert end.value.code == "error: https://***@host refused the connection"
 
 
 SPILL = """

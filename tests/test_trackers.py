@@ -11,8 +11,9 @@ import types
 import pytest
 
 import trackers
+from keys import without_secrets
 from run_folder import RunFolder
-from trackers import TrackerError, Trackers, check_trackers, without_secrets
+from trackers import TrackerError, Trackers, check_trackers
 
 METRICS = [{"step": 0, "eval/accuracy": 0.25}, {"step": 1, "reward/mean": 0.5, "train/grad_norm": math.nan}]
 SAMPLE = {
@@ -202,10 +203,10 @@ def test_secrets_are_taken_out_wherever_they_are(wandb, tmp_path, monkeypatch):
     }
     cleaned = {
         "model": "https://***@host/m?x=a@b",
-        "data": "***",
+        "data": "[LONGER_TOKEN]",
         "rollout_quant": "fp8",
         "micro_batch_tokens": 16384,
-        "nested": ["say ***", {"k": "*** ***"}],
+        "nested": ["say [OPENAI_API_KEY]", {"k": "[MY_SECRET] [DB_PASSWORD]"}],
         "none": None,
     }
     assert without_secrets(config) == cleaned
