@@ -245,10 +245,13 @@ class MasterAdamW:
         return AdamW8bit(groups, lr=0.0, betas=self._betas, eps=self._eps, block_size=EIGHT_BIT_BLOCK)
 
     def _step_eight_bit(self, lr: float, scale: torch.Tensor) -> None:
+        import torch._dynamo  # seconds, which the other states need not wait for
+
         for group in self._eight_bit.param_groups:
             group["lr"].fill_(lr)
         torch._foreach_mul_(self.grads, scale)
-        self._eight_bit.step()
+        with torch._dynamo.config.patch(disable=False):  # torchao compiles its step; cpu_backend.py turns compiling off
+            self._eight_bit.step()
         torch._foreach_copy_([w.detach() for w in self._weights], [m.detach() for m in self.masters])
         torch._foreach_zero_(self.grads)
 

@@ -230,8 +230,8 @@ def saved_on_failure(progress: Progress, run: RunFolder) -> Iterator[None]:
         if known and not isinstance(error, RunFolderError) and (progress.loop.step or progress.ahead()):
             try:
                 print(f"checkpoint {progress.save()}", file=sys.stderr, flush=True)
-            except RunFolderError as lost:
-                print(f"error: {lost}", file=sys.stderr, flush=True)
+            except Exception as lost:  # whatever it is, the failure that ended the run is the one to raise
+                print(f"error: no checkpoint: {type(lost).__name__}: {lost}", file=sys.stderr, flush=True)
         print(f"run folder {run.path}; go on with: python train.py --resume {run.path}", file=sys.stderr, flush=True)
         if isinstance(error, torch.OutOfMemoryError) or (known and "out of memory" in str(error).lower()):
             raise MemoryPlanError(
