@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers.modeling_utils  # noqa: F401  (before a GPU is feigned: torchao looks for one at import)
 from transformers import AutoConfig
 
 import rollout
