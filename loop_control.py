@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from checkpoint import Checkpoint, LoopState, random_states
+from ranks import Ranks
 
 if TYPE_CHECKING:
     from alarms import Alarms
@@ -71,11 +72,19 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM: the first asks the loop to save at the next point where it may, a second one ends at once."""
+    """Ctrl-C and SIGTERM: the first asks the loop to save at the next point where it may, a second one ends at once.
 
-    def __init__(self) -> None:
+    Of several ranks each may get the signal at another moment, or one of them alone; `agreed` is what all go by.
+    Launchers pass on a signal that the ranks have got themselves: there the second one must be SECOND seconds later.
+    """
+
+    SECOND = 5.0
+
+    def __init__(self, ranks: Ranks | None = None) -> None:
         self.requested = False
         self._may_stop = False
+        self._ranks = ranks or Ranks()
+        self._first = 0.0
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -100,10 +109,24 @@ class StopRequest:
         if self.requested and self._may_stop:
             raise Stopped
 
+    def agreed(self) -> bool:
+        """Whether a signal has come to any rank; all of them ask at the same point."""
+        self.requested = self._ranks.any(self.requested)
+        return self.requested
+
+    def check_together(self) -> None:
+        """Stopped, if a signal has come to any rank."""
+        if self._may_stop and self.agreed():
+            raise Stopped
+
     def _handle(self, signum: int, frame: Any) -> None:
         if self.requested:
+            if self._ranks.world > 1 and time.monotonic() < self._first + self.SECOND:
+                return
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested, self._first = True, time.monotonic()
+        if not self._ranks.first:
+            return
         # os.write: print would raise if the signal came in the middle of another write to stderr.
         os.write(2, b"\nstopping: the policy is saved as soon as it is whole; once more ends at once\n")
 

@@ -22,9 +22,10 @@ class PackingError(RuntimeError):
     """What cannot be packed; the message names the flag to change."""
 
 
-def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def pack(lengths: Sequence[int], budget: int, multiple: int = 1) -> list[list[int]]:
     """Indices of `lengths` (tokens) for each micro-batch of at most `budget` tokens: nearly as few as possible, and of
-    nearly equal size. Raises PackingError if one sequence is longer than the budget."""
+    nearly equal size. Their number is a multiple of `multiple`, if there are so many sequences. Raises PackingError if
+    one sequence is longer than the budget."""
     longest = max(lengths, default=0)
     if longest > budget:
         raise PackingError(
@@ -33,6 +34,7 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
         )
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     count = max(1, -(-sum(lengths) // budget), sum(2 * n > budget for n in lengths))  # no two of those go together
+    count += -count % multiple
     while True:  # the longest first, each into the emptiest; one more bin if that does not fit
         heap = [(0, b) for b in range(count)]
         bins: list[list[int]] = [[] for _ in range(count)]
@@ -42,7 +44,7 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
             heapq.heappush(heap, (used + lengths[i], b))
         if max(used for used, _ in heap) <= budget:
             return [sorted(b) for b in bins if b]
-        count += 1
+        count += multiple
 
 
 def model_inputs(sequences: Sequence[Sequence[int]], device: torch.device) -> dict[str, Any]:

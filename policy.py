@@ -19,11 +19,11 @@ import torch
 
 import packing
 from checkpoint import Checkpoint, LoopState, Snapshot
-from head_logprobs import CHUNK_ELEMENTS as LOGITS_CHUNK_ELEMENTS
-from head_logprobs import head_logprobs
 from lora import has_adapters
 from optimizer import MasterAdamW
 from packing import pack
+from ranks import Ranks
+from sharding import LogprobModel, is_sharded, local, span, whole
 
 FAMILIES = ("qwen2", "qwen3", "llama")  # logits = head(last hidden state): no scaling, no soft cap
 
@@ -79,11 +79,19 @@ class Batch:
             None if self.denominators is None else self.denominators[tokens],
         )
 
-    def micro_batches(self, max_tokens: int) -> list[list[int]]:
+    def micro_batches(self, max_tokens: int, shares: int = 1) -> list[list[int]]:
         """Rows of each micro-batch: at most `max_tokens` tokens, prompts included, and of nearly equal size. The
-        largest comes first: the others fit into the memory that it leaves to torch's allocator."""
+        largest comes first: the others fit into the memory that it leaves to torch's allocator. Their number is a
+        multiple of `shares`, with empty ones where there are too few rows."""
         lengths = [len(p) + len(r) for p, r in zip(self.prompt_ids, self.response_ids, strict=True)]
-        return sorted(pack(lengths, max_tokens), key=lambda rows: -sum(lengths[i] for i in rows))
+        packed = sorted(pack(lengths, max_tokens, shares), key=lambda rows: -sum(lengths[i] for i in rows))
+        return packed + [[] for _ in range(-len(packed) % shares)]
+
+    def nothing(self) -> "Batch":
+        """One sample of which no token is trained on: for a rank that must take part in a pass and has no rows."""
+        rows = self.select([0])
+        rows.mask = torch.zeros_like(rows.mask)
+        return rows
 
 
 def load_model(model: str, device: torch.device, trust_remote_code: bool = False) -> torch.nn.Module:
@@ -153,6 +161,8 @@ class Policy:
         compile: torch.compile of each decoder layer (GPU only: the CPU's attention is a loop).
         optimizer_states: of AdamW's moments: fp32, bf16 or 8bit.
         offload_optimizer: fp32 masters and moments in host memory.
+        ranks: over which the model is sharded, by sharding.shard. All of them call the same methods in the same order.
+        root: `model` with its log-probs, where it is sharded; None: made here.
     """
 
     def __init__(
@@ -169,15 +179,19 @@ class Policy:
         compile: bool = False,
         optimizer_states: str = "fp32",
         offload_optimizer: bool = False,
+        ranks: Ranks | None = None,
+        root: LogprobModel | None = None,
     ):
         if model.config.model_type not in FAMILIES:
             raise PolicyError(
                 f"the model family '{model.config.model_type}' is not known to make its logits by the head alone, from "
                 f"the last hidden state; the families that are: {', '.join(FAMILIES)}"
             )
-        self.model = model
+        self.model, self.ranks = model, ranks or Ranks()
+        self._root = root or LogprobModel(model, temperature)
+        self._sharded = is_sharded(next(model.parameters()))
         self.device = next(model.parameters()).device
-        self.temperature, self.max_grad_norm = temperature, max_grad_norm
+        self.max_grad_norm = max_grad_norm
         self.lr, self.warmup_steps = lr, warmup_steps
         self.updates = 0  # applied
         self.skipped = 0  # not applied: the gradient norm was not finite
@@ -192,14 +206,19 @@ class Policy:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if compile:  # layer by layer: one graph for all of them, seconds to compile
             for layer in model.base_model.layers:
-                layer.compile(dynamic=True)
+                if self._sharded:  # what FSDP2 does around a layer stays outside the graph
+                    layer.forward = torch.compile(layer.forward, dynamic=True)
+                else:
+                    layer.compile(dynamic=True)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self._names, self._weights = [name for name, _ in named], [p for _, p in named]
+        self._names, self._parameters = [name for name, _ in named], [p for _, p in named]
+        self._weights = [local(p) for p in self._parameters]
+        self._spans = {name: span(p, self.ranks) for name, p in named} if self._sharded else {}
         self.optimizer = MasterAdamW(
             self._weights, weight_decay=weight_decay, betas=betas, states=optimizer_states, offload=offload_optimizer
         )
-        for weight, grad in zip(self._weights, self.optimizer.grads, strict=True):
-            weight.register_post_accumulate_grad_hook(_add_to(grad))
+        for parameter, grad in zip(self._parameters, self.optimizer.grads, strict=True):
+            parameter.register_post_accumulate_grad_hook(_add_to(grad))
 
     # -- log-probs -----------------------------------------------------------------------------------------------
 
@@ -208,51 +227,42 @@ class Policy:
 
         All sequences lie in one row without padding; attention stays inside each (packing.py).
         """
-        sequences = [p + r for p, r in zip(batch.prompt_ids, batch.response_ids, strict=True)]
-        # The hidden state at position t predicts token t + 1: response tokens are predicted from prompt_len - 1 on.
-        where, start = [], 0
-        for prompt, sequence in zip(batch.prompt_ids, sequences, strict=True):
-            where += range(start + len(prompt) - 1, start + len(sequence) - 1)
-            start += len(sequence)
-        positions_T = torch.tensor(where, device=self.device)
-        labels_T = torch.tensor([t for r in batch.response_ids for t in r], device=self.device)
-        inputs = packing.model_inputs(sequences, self.device)
-        hidden_1_S_H = self.model.base_model(**inputs, use_cache=False).last_hidden_state
-        hidden_T_H = hidden_1_S_H[0, positions_T]
-        weight_V_H = self.model.get_output_embeddings().weight
-        return head_logprobs(hidden_T_H, weight_V_H, labels_T, self.temperature, LOGITS_CHUNK_ELEMENTS)
+        return self._forward(batch.prompt_ids, batch.response_ids)
+
+    def _forward(
+        self, prompt_ids: list[list[int]], response_ids: list[list[int]], plain: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        found = self._root(prompt_ids, response_ids, self.device, plain)
+        if self._sharded and not torch.is_grad_enabled():  # no backward pass comes that would give the root up
+            self._root.reshard()
+        return found
 
     @torch.no_grad()
     def compute_logprobs(self, batch: Batch, max_tokens: int) -> torch.Tensor:
-        """log pi of every response token [T] without gradient, in micro-batches of `max_tokens` tokens."""
+        """log pi of every response token [T] without gradient, in micro-batches of `max_tokens` tokens; each rank
+        computes its share of them and gets all."""
         lengths = [len(r) for r in batch.response_ids]
-        pieces: list[torch.Tensor | None] = [None] * len(batch)
-        for rows in batch.micro_batches(max_tokens):
-            logprobs, _ = self.logprobs(batch.select(rows))
-            for row, piece in zip(rows, logprobs.split([lengths[i] for i in rows]), strict=True):
-                pieces[row] = piece
-        return torch.cat([p for p in pieces if p is not None])
+        starts = [0]
+        for n in lengths:
+            starts.append(starts[-1] + n)
+        logprobs_T = torch.zeros_like(batch.rollout_logprobs)
+        for rows in self.ranks.share(batch.micro_batches(max_tokens, self.ranks.world)):
+            logprobs, _ = self.logprobs(batch.select(rows) if rows else batch.nothing())
+            if rows:
+                for row, piece in zip(rows, logprobs.split([lengths[i] for i in rows]), strict=True):
+                    logprobs_T[starts[row] : starts[row + 1]] = piece
+        return self.ranks.merge({"logprobs": logprobs_T})["logprobs"].to(self.device)
 
     @torch.no_grad()
     def noise_floor(self, sequences: list[tuple[list[int], list[int]]]) -> float:
         """Mean abs difference [nats] of the responses' log-probs between the trainer's path (packed, compiled, chunked)
         and transformers' own, each (prompt, response) by itself with sdpa and fp32 logits: two bf16 computations with
         the same weights. A gap between sampler and trainer of this size is rounding, not quantization."""
-        total, tokens = 0.0, sum(len(response) for _, response in sequences)
-        nothing = torch.zeros(tokens, device=self.device)
-        batch = Batch([p for p, _ in sequences], [r for _, r in sequences], nothing, nothing, nothing.bool())
-        packed = self.logprobs(batch)[0].split([len(r) for _, r in sequences])
-        self.model.set_attn_implementation("sdpa")
-        try:
-            with torch.compiler.set_stance("force_eager"):
-                for (prompt, response), logprobs in zip(sequences, packed, strict=True):
-                    ids = torch.tensor([prompt + response], device=self.device)
-                    logits = self.model(ids, use_cache=False, logits_to_keep=len(response) + 1).logits[0, :-1].float()
-                    plain = (logits / self.temperature).log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
-                    total += float((plain - logprobs).abs().sum())
-        finally:
-            self.model.set_attn_implementation(packing.ATTENTION)
-        return total / tokens
+        prompts, responses = [p for p, _ in sequences], [r for _, r in sequences]
+        nothing = torch.zeros(sum(map(len, responses)), device=self.device)
+        packed, _ = self.logprobs(Batch(prompts, responses, nothing, nothing, nothing.bool()))
+        plain, _ = self._forward(prompts, responses, plain=True)
+        return float((plain - packed).abs().sum()) / len(packed)
 
     # -- updates -------------------------------------------------------------------------------------------------
 
@@ -268,6 +278,8 @@ class Policy:
         """
         grads = self.optimizer.grads
         norm = torch.nn.utils.get_total_norm(grads)
+        if self._sharded:
+            norm = self.ranks.merge({"squares": norm.double() ** 2})["squares"].sqrt().float().to(self.device)
         applied = math.isfinite(float(norm))
         if applied:
             scale = torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
@@ -302,6 +314,18 @@ class Policy:
         self.updates, self.skipped = numbers["updates"], numbers["skipped"]
         self.optimizer.set_updates(numbers["optimizer_updates"])
 
+    def _whole_state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint has of the weights, gathered to the host of the first rank; {} on the others."""
+        found, seen = {}, {}
+        for name, tensor in self.model.state_dict(keep_vars=True).items():  # a tied head is one object
+            if has_adapters(self.model) and name not in self._names:
+                continue
+            if id(tensor) not in seen:
+                seen[id(tensor)] = whole(tensor, self.ranks) if is_sharded(tensor) else tensor.detach().cpu()
+            if self.ranks.first:
+                found[name] = seen[id(tensor)]
+        return found
+
     def snapshot(self, tokenizer: Any, loop: LoopState, random_tensors: Mapping[str, torch.Tensor]) -> Snapshot:
         """A checkpoint of now, to be written in any thread: the bf16 policy with its tokenizer in HF layout, which vLLM
         and transformers open (of a LoRA policy its adapters, which peft opens), and beside it all that training goes
@@ -319,7 +343,7 @@ class Policy:
 
 def _add_to(total: torch.Tensor) -> Any:
     def hook(weight: torch.Tensor) -> None:
-        total.add_(weight.grad)
+        total.add_(weight.grad.to_local() if is_sharded(weight) else weight.grad)
         weight.grad = None
 
     return hook

@@ -25,6 +25,8 @@ import torch
 
 from engine_options import EngineError, check_platform, quantization_options
 from fast_scheduler import QUALNAME, FastPath, scheduler_of
+from loop_control import Stopped
+from ranks import Ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,6 +78,8 @@ class Engine:
         sleep_level: 0 stay resident, 1 weights to the host, 2 drop the weights (the sync writes them anyway).
         memory_fraction: share of the device that must be free at start (vLLM checks it); GPU only.
         fast_scheduler: vLLM's scheduler with fast_scheduler.py's short ways, where this vLLM is one that it knows.
+        ranks: with several, each makes its engine at the same time, and those of a tensor-parallel group (ranks.tp)
+            are parts of one: they must be asked the same, and sample the same.
 
     Raises EngineError if vLLM, the GPU's FP8 or the memory is missing.
     """
@@ -97,6 +101,7 @@ class Engine:
         seed: int = 0,
         trust_remote_code: bool = False,
         fast_scheduler: bool = True,
+        ranks: "Ranks | None" = None,
     ):
         on_gpu = check_platform(quant, kv_cache_dtype)
         import vllm
@@ -114,6 +119,7 @@ class Engine:
         self.quant, self.temperature, self.sleep_level = quant, temperature, sleep_level
         self.version: int | None = None  # None: the weights are dummies, or were dropped by sleep level 2
         self.asleep = False
+        self.ranks = ranks or Ranks()
         self.before_step: Callable[[], None] = lambda: None  # called while generating; what it raises ends that
         self._tokenizer = tokenizer
         self._sampling_params = vllm.SamplingParams
@@ -134,11 +140,12 @@ class Engine:
                 enforce_eager=not on_gpu,  # CUDA graphs on a GPU; the CPU has none to capture
                 enable_prefix_caching=True,  # the G samples of a group share their prompt
                 logprobs_mode="processed_logprobs",
-                seed=seed,
+                seed=seed + self.ranks.group,
                 trust_remote_code=trust_remote_code,
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
                 **({"scheduler_cls": QUALNAME} if fast_scheduler else {}),
+                **_launched(self.ranks),
             )
         except (OSError, ValueError, RuntimeError) as error:  # torch's out-of-memory error is a RuntimeError
             raise EngineError(
@@ -275,7 +282,8 @@ class Engine:
                 raise EngineError(f"vLLM refuses a prompt: {_reason(error)}; look at --data and --model") from error
             index = {name.partition("-")[0]: i for i, name in enumerate(names)}  # vLLM's own ids: 17-5d21c3e9
             while self.llm.llm_engine.has_unfinished_requests():
-                self.before_step()
+                if self.ranks.tp == 1:  # ranks that hold one engine together end a round together
+                    self.before_step()
                 for output in self.llm.llm_engine.step():
                     if not output.finished:
                         continue
@@ -305,6 +313,14 @@ class Engine:
             texts = self._tokenizer.batch_decode([s.token_ids for s in samples], skip_special_tokens=True)
             for sample, text in zip(samples, texts, strict=True):
                 sample.text = text
+
+
+def _launched(ranks: Ranks) -> dict[str, Any]:
+    """Arguments of vLLM's LLM where this process is one of several: vLLM's executor for workers that are started by
+    torchrun. It finds its place in the process group of all ranks."""
+    if ranks.world == 1:
+        return {}
+    return {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": ranks.tp}
 
 
 def _reason(error: Exception) -> str:
@@ -361,8 +377,11 @@ def sample_groups(
     trains on at most `prompts` groups. After `max_rounds` the step goes on with what there is, which may be nothing.
     A group is scored as soon as it is complete, while the engine goes on with others.
 
+    With several ranks each engine draws its share of a round's prompts, and every rank gets all groups, in one order.
+
     Returns the groups and `sampling/...` and `reward/...` metrics over everything drawn (docs/metrics.md).
     """
+    ranks = engine.ranks
     drawn: list[Group] = []
     kept: list[Group] = []
     rounds, seconds_scoring = 0, 0.0
@@ -370,25 +389,47 @@ def sample_groups(
         missing = prompts - len(kept)
         share = 1.0 if not dynamic else len(kept) / len(drawn) if drawn else expected_share
         batch = stream.take(math.ceil(missing / max(share, 0.25)))
+        mine = batch[ranks.group :: ranks.groups]
 
-        def submit(i: int, drawn_for_it: list[Sample], batch: list["Prompt"] = batch) -> None:
+        def submit(i: int, drawn_for_it: list[Sample], mine: list["Prompt"] = mine) -> None:
             for j, sample in enumerate(drawn_for_it):
-                rewards.submit((i, j), batch[i].example, sample.text)
+                rewards.submit((i, j), mine[i].example, sample.text)
 
-        ids = [p.token_ids for p in batch]
-        sampled = engine.generate(ids, n=samples, max_tokens=max_tokens, on_finished=submit)
+        ids = [p.token_ids for p in mine]
+        on_finished, stopped = submit if ranks.speaks else None, False
+        try:
+            sampled = engine.generate(ids, n=samples, max_tokens=max_tokens, on_finished=on_finished)
+            engine.before_step()
+        except Stopped:
+            stopped = True
+        if ranks.any(stopped):
+            raise Stopped
         assert engine.version is not None
         start = time.perf_counter()
         scored = rewards.collect()
         seconds_scoring += time.perf_counter() - start
-        groups = [
-            Group(p, s, engine.version, [scored[i, j] for j in range(len(s))])
-            for i, (p, s) in enumerate(zip(batch, sampled, strict=True))
-        ]
+        groups = everyones(ranks, batch, sampled, scored, engine.version)
         drawn += groups
         kept += [g for g in groups if g.mixed or not dynamic]
         rounds += 1
     return kept[:prompts], _sampling_metrics(drawn, kept, prompts, rounds, seconds_scoring)
+
+
+def everyones(
+    ranks: Ranks, batch: list["Prompt"], sampled: list[list[Sample]], scored: dict[Any, float], version: int
+) -> list[Group]:
+    """The groups of a round's prompts, in their order, on every rank: `sampled` and `scored` (prompt, sample) are what
+    this rank's engine made of its share."""
+    if ranks.world == 1:
+        parts = [(sampled, scored)]
+    else:
+        parts = ranks.gather((sampled, scored) if ranks.speaks else ([], {}))[:: ranks.tp]
+    groups = []
+    for i, prompt in enumerate(batch):
+        of, at = i % ranks.groups, i // ranks.groups
+        samples, rewards = parts[of][0][at], parts[of][1]
+        groups.append(Group(prompt, samples, version, [rewards[at, j] for j in range(len(samples))]))
+    return groups
 
 
 def _sampling_metrics(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ranks import Ranks
 from rollout import Group, Sample
 
 if TYPE_CHECKING:
@@ -42,8 +43,17 @@ class KeptLogprobs:
                 self._kept.append((sample, logprobs[start : start + len(ids)]))
             start += len(ids)
 
-    def hand_out(self) -> None:
-        """Into `Sample.logprobs`; one copy to the host."""
+    def hand_out(self, ranks: Ranks) -> None:
+        """Into `Sample.logprobs`; one copy to the host. Each of several ranks has kept what passed through it."""
+        self._hand_out()
+        wanted = list(self._wanted.values())
+        if ranks.world == 1 or not wanted:
+            return
+        for everyones in ranks.gather([s.logprobs for s in wanted]):
+            for sample, logprobs in zip(wanted, everyones, strict=True):
+                sample.logprobs = sample.logprobs or logprobs
+
+    def _hand_out(self) -> None:
         if not self._kept:
             return
         values = torch.cat([logprobs for _, logprobs in self._kept]).tolist()

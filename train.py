@@ -6,7 +6,10 @@
 
     python train.py --resume runs/NAME                                   # goes on where that run ended, or was ended
 
-The loop is `train()`. What it leaves out today: more than one GPU, multi-turn.
+    accelerate launch --multi_gpu train.py ...                           # every GPU of the node, the same flags
+    torchrun --standalone --nproc-per-node 8 train.py ... --tp 2
+
+The loop is `train()`. What it leaves out today: more than one node, multi-turn.
 """
 
 import runtime  # noqa: F401  (first: it sets what torch and vLLM read at import)
@@ -18,8 +21,9 @@ import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -60,45 +64,52 @@ from optimizer import OptimizerError, check_states
 from packing import PackingError
 from policy import FAMILIES, Batch, Policy, PolicyError, load_model
 from quant_sync import SyncError, SyncPlan
+from ranks import Ranks, RanksError
 from reward_pool import RewardPool
 from rewards import RewardError, required_modules
 from rollout import Engine, Group, sample_groups
 from run_folder import RunFolder, RunFolderError, check_free, default_run_name, is_run, saved_config
 from run_report import reported
 from sample_log import KeptLogprobs, TokenTexts, logged_samples, sample_record
+from sharding import LogprobModel, shard
 from trackers import TrackerError, check_trackers
 from weight_sources import rounded_sources
 
 # ---- the loop
 
 
-def train(args: Args) -> Path:
+def train(args: Args, ranks: Ranks | None = None) -> Path:
     """Run it all; returns the run folder. `args` must be resolved."""
-    stop = StopRequest()
-    run_name = args.run_name or default_run_name(args.model)
+    ranks = ranks or Ranks()
+    ranks.agree("arguments", config_of(args))
+    stop = StopRequest(ranks)
+    run_name = args.run_name or ranks.from_first(default_run_name(args.model))
     run = None
     if args.resume:
-        run = open_run(args, run_name)
+        run = open_run(args, run_name, ranks)
         check_steps_left(run, args)
     else:
-        check_free(args.runs_dir, run_name)
+        check_free(args.runs_dir, run_name, ranks)
     check_platform(args.rollout_quant, args.kv_cache_dtype)
     check_states(args.optimizer_states)
     check_trackers(args.wandb, args.tensorboard)
     if args.lora is not None:
         lora.check_peft()
     config, tokenizer = load_config(args)
-    args, memory, skip = plan_device(args, config)
+    args, memory, skip = plan_device(args, config, ranks)
     used = MemoryLog(memory, args.memory_bytes) if torch.cuda.is_available() else None
     checkpoint = run.checkpoint if run else None
-    engine, policy, plan, stream, held_out, rewards = build(args, memory, skip, config, tokenizer, used, checkpoint)
-    run = run or open_run(args, run_name)
+    parts = build(args, memory, skip, config, tokenizer, used, checkpoint, ranks)
+    engine, policy, plan, stream, held_out, rewards = parts
+    run = run or open_run(args, run_name, ranks)
     texts = TokenTexts(tokenizer)
     print(f"run folder {run.path}", flush=True)
     alarms = Alarms(args.alarms)
     progress = Progress(run, policy, tokenizer, stream, rewards, alarms)
     engine.before_step = stop.check
-    with reported(run.path), rewards, stop.watching(), saved_on_failure(progress, run):
+    ranks.watch(lambda: how_to_go_on(run))
+    page = reported(run.path) if ranks.first else nullcontext()
+    with page, rewards, stop.watching(), saved_on_failure(progress, run, ranks):
         sync_weights(engine, plan, 0 if checkpoint is None else checkpoint.loop.step, Clock(), full_verify=True)
         if checkpoint is None:
             accuracy = evaluate(engine, held_out, rewards, args, run, 0)
@@ -108,7 +119,8 @@ def train(args: Args) -> Path:
             print(f"goes on after step {progress.loop.step}, from {checkpoint.folder}", flush=True)
         first = progress.loop.step + 1
         bar = tqdm(
-            initial=first - 1, total=args.steps, desc="train", unit="step", disable=not sys.stderr.isatty()
+            initial=first - 1, total=args.steps, desc="train", unit="step",
+            disable=not (ranks.first and sys.stderr.isatty()),
         )  # fmt: skip
         clock = Clock()
         for step in range(first, args.steps + 1):
@@ -128,7 +140,8 @@ def train(args: Args) -> Path:
                     with clock("save"):
                         run.wait_for_copies()
                     with clock("train"):
-                        metrics |= train_step(policy, groups, args, clock, stop.check)
+                        check = stop.check if ranks.world == 1 else stop.check_together
+                        metrics |= train_step(policy, groups, args, clock, check)
             except Stopped:
                 break
             if used is not None:
@@ -145,14 +158,15 @@ def train(args: Args) -> Path:
             if groups and (step == 1 or "eval/accuracy" in metrics):
                 with clock("eval"):
                     metrics["mismatch/bf16_floor"] = policy.noise_floor(few_sequences(groups))
+            counts = ranks.gather(rewards.counts())
             metrics |= clock.metrics() | {
-                "reward/scored": rewards.calls,
-                "reward/errors": rewards.errors,
-                "reward/timeouts": rewards.timeouts,
+                "reward/scored": sum(c["calls"] for c in counts),
+                "reward/errors": sum(c["errors"] for c in counts),
+                "reward/timeouts": sum(c["timeouts"] for c in counts),
                 "policy/version": engine.version,
             }
             metrics |= speed_metrics(metrics, used)
-            events = alarms.check(step, metrics)
+            events = ranks.from_first(alarms.check(step, metrics))
             clock = Clock()  # of the next step: writing this one's results down is part of it
             with clock("log"):
                 run.log({"step": step} | metrics)
@@ -177,7 +191,7 @@ def train(args: Args) -> Path:
                 with clock("save"):
                     progress.save(wait=False)
             report_lost_checkpoint(run, step)
-            if stop.requested:
+            if stop.agreed():
                 break
         bar.close()
         folder = progress.save() if progress.loop.step else None
@@ -190,11 +204,16 @@ def train(args: Args) -> Path:
     return run.path
 
 
-def open_run(args: Args, name: str) -> RunFolder:
+def open_run(args: Args, name: str, ranks: Ranks) -> RunFolder:
     return RunFolder(
         args.runs_dir, name, config_of(args), args.wandb, args.tensorboard,
-        resume=args.resume is not None, keep_last=args.keep_last,
+        resume=args.resume is not None, keep_last=args.keep_last, ranks=ranks,
     )  # fmt: skip
+
+
+def how_to_go_on(run: RunFolder) -> str:
+    """Where a run that has ended stands, and the command that goes on."""
+    return f"run folder {run.path}; go on with: python train.py --resume {run.path}"
 
 
 def is_best(accuracy: float | None, best: float | None) -> bool:
@@ -220,19 +239,23 @@ def report_lost_checkpoint(run: RunFolder, step: int) -> None:
 
 
 @contextmanager
-def saved_on_failure(progress: Progress, run: RunFolder) -> Iterator[None]:
+def saved_on_failure(progress: Progress, run: RunFolder, ranks: Ranks) -> Iterator[None]:
     """A failure of the engine, the sync or the memory ends the run, but not without what it has learned; however it
-    ends, the run folder and the command that goes on are said."""
+    ends, the run folder and the command that goes on are said. One rank of several cannot save by itself: the last
+    checkpoint stands."""
     try:
         yield
     except BaseException as error:
+        if ranks.world > 1:
+            ranks.failed(f"{_what_failed(error)}\n{how_to_go_on(run)}")
+            raise
         known = isinstance(error, (RuntimeError, RewardError))  # EngineError, SyncError; torch's and vLLM's own too
         if known and not isinstance(error, RunFolderError) and (progress.loop.step or progress.ahead()):
             try:
                 print(f"checkpoint {progress.save()}", file=sys.stderr, flush=True)
             except Exception as lost:  # whatever it is, the failure that ended the run is the one to raise
                 print(f"error: no checkpoint: {type(lost).__name__}: {lost}", file=sys.stderr, flush=True)
-        print(f"run folder {run.path}; go on with: python train.py --resume {run.path}", file=sys.stderr, flush=True)
+        print(how_to_go_on(run), file=sys.stderr, flush=True)
         if isinstance(error, torch.OutOfMemoryError) or (known and "out of memory" in str(error).lower()):
             raise MemoryPlanError(
                 f"out of memory in the middle of a step: {error}. Smaller --micro-batch-tokens or --kv-cache-gib, "
@@ -253,7 +276,7 @@ def train_step(
         return {"train/updates_applied": 0, "train/skipped_total": policy.skipped}
     with clock("pack"):
         batch, metrics = build_batch(groups, args, policy.device)
-    correction = args.gap_correction
+    correction, ranks = args.gap_correction, policy.ranks
     if args.updates_per_batch > 1 and not correction.kind.direct:
         batch.old_logprobs = policy.compute_logprobs(batch, args.micro_batch_tokens)
     sums: dict[str, torch.Tensor] = {}
@@ -267,7 +290,8 @@ def train_step(
             mini.denominators = loss_denominators(
                 mini.mask, mini.lengths, args.samples_per_prompt, args.loss_reduction, args.max_response_len
             )
-            micro_batches = [mini.select(chosen) for chosen in mini.micro_batches(args.micro_batch_tokens)]
+            mine = ranks.share(mini.micro_batches(args.micro_batch_tokens, ranks.world))
+            micro_batches = [mini.select(chosen) if chosen else mini.nothing() for chosen in mine]
         loss_sum = torch.zeros((), device=policy.device)
         for micro in micro_batches:
             if not norms:
@@ -290,12 +314,13 @@ def train_step(
         metrics["train/lr"] = policy.current_lr()
         norm, was_applied = policy.update()
         norms.append(norm)
-        losses.append(float(loss_sum))
+        losses.append(float(ranks.merge({"loss": loss_sum})["loss"]))
         applied += was_applied
-    kept.hand_out()
+    kept.hand_out(ranks)
     metrics |= {"train/updates_applied": applied, "train/skipped_total": policy.skipped}
     if not norms:
         return metrics
+    sums = ranks.merge(sums)
     tokens = float(sums["tokens"])
     return metrics | mismatch_metrics({k[4:]: v for k, v in sums.items() if k.startswith("gap_")}) | {
         "train/loss": sum(losses) / len(losses),
@@ -330,12 +355,13 @@ def sync_weights(engine: Engine, plan: SyncPlan, version: int, clock: Clock, ful
 
 def build(
     args: Args, memory: MemoryPlan, skip: list[str], config: Any, tokenizer: Any, used: MemoryLog | None,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: Checkpoint | None = None, ranks: Ranks | None = None,
 ) -> tuple[Engine, Policy, SyncPlan, PromptStream, list[Prompt], RewardPool]:  # fmt: skip
     """Everything the loop needs; data, rewards and the model's files are checked before the engine is built. The
     policy, its optimizer too, is that of the checkpoint where there is one."""
     from transformers import set_seed
 
+    ranks = ranks or Ranks()
     template = json.loads(args.chat_template_kwargs)
     train_examples, eval_examples = load_data(args.data, args.eval_data, args.eval_size if args.eval_every else 0)
     modules = required_modules(args.reward, train_examples + eval_examples)
@@ -344,6 +370,8 @@ def build(
     prompts, _ = encode_prompts(train_examples, *encoding)
     held_out = encode_prompts(eval_examples, *encoding)[0] if eval_examples else []
     print(f"data {args.data}: {len(prompts)} prompts to train on, {len(held_out)} held out", flush=True)
+    stream = PromptStream(prompts, args.seed)
+    ranks.agree("data", {"--data": stream.state_dict()["prompts"], "--eval-data": [p.token_ids for p in held_out]})
     set_seed(args.seed)
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     whole = str(checkpoint.folder) if checkpoint and not args.lora else args.model
@@ -364,12 +392,19 @@ def build(
         seed=args.seed,
         trust_remote_code=args.trust_remote_code,
         fast_scheduler=args.fast_scheduler,
+        ranks=ranks,
     )
     engine_ready = time.perf_counter()
     if used is not None:
         used.mark("engine")
-    model.to(device)
-    plan = SyncPlan.build(sync_sources(model, args, skip), engine.model)
+    if args.lora is not None:
+        add_adapters(model, args.lora)
+    root = LogprobModel(model, args.temperature)
+    if ranks.world == 1:
+        model.to(device)
+    else:
+        shard(root, ranks, device)
+    plan = SyncPlan.build(sync_sources(model, args, skip), engine.model, ranks)
     plan.check_formats(args.rollout_quant, skip)
     plan.check_coverage(engine.weight_blocks())
     if args.prove_sync and args.rollout_quant != "int8":
@@ -387,6 +422,8 @@ def build(
             compile=bool(args.compile),
             optimizer_states=args.optimizer_states,
             offload_optimizer=bool(args.offload_optimizer),
+            ranks=ranks,
+            root=root,
         )
     except torch.OutOfMemoryError as error:
         raise MemoryPlanError(
@@ -402,16 +439,21 @@ def build(
         f"engine ready in {engine_ready - start:.0f} s, policy in {time.perf_counter() - engine_ready:.1f} s",
         flush=True,
     )
-    return engine, policy, plan, PromptStream(prompts, args.seed), held_out, rewards
+    if ranks.world > 1:  # the ranks of an engine draw the same random numbers, other engines others
+        torch.manual_seed(args.seed + 1_000_003 * ranks.group)
+    return engine, policy, plan, stream, held_out, rewards
+
+
+def add_adapters(model: torch.nn.Module, settings: lora.LoraSettings) -> None:
+    lora.add_adapters(model, settings)
+    counts = lora.trained(model) / 1e6, sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"LoRA: {counts[0]:.2f} M of {counts[1]:.0f} M parameters are trained", flush=True)
 
 
 def sync_sources(model: torch.nn.Module, args: Args, skip: list[str]) -> Any:
-    """What the sync reads, for SyncPlan.build; puts adapters into the model where the policy is to have some."""
+    """What the sync reads, for SyncPlan.build."""
     bits = SIMULATED.get(args.rollout_quant)
     if args.lora is not None:
-        lora.add_adapters(model, args.lora)
-        counts = lora.trained(model) / 1e6, sum(p.numel() for p in model.parameters()) / 1e6
-        print(f"LoRA: {counts[0]:.2f} M of {counts[1]:.0f} M parameters are trained", flush=True)
         return lora.sources(model)
     return rounded_sources(model, bits, skip) if bits else model
 
@@ -453,7 +495,7 @@ def load_config(args: Args) -> tuple[Any, Any]:
     return config, tokenizer
 
 
-def plan_device(args: Args, config: Any) -> tuple[Args, MemoryPlan, list[str]]:
+def plan_device(args: Args, config: Any, ranks: Ranks | None = None) -> tuple[Args, MemoryPlan, list[str]]:
     """(arguments with what the memory plan chose, the plan, layers that stay bf16); prints the plan. On a CPU it is the
     KV cache's size alone."""
     known = f"--model {args.model} ({config.model_type}) cannot be trained here"
@@ -576,11 +618,13 @@ def evaluate(
     """Mean reward of one greedy answer to each held-out prompt, given by the (quantized) engine; nan without any."""
     if not held_out:
         return math.nan
-    start = time.perf_counter()
-    answers = engine.generate([p.token_ids for p in held_out], n=1, max_tokens=args.max_response_len, greedy=True)
-    for i, (prompt, answer) in enumerate(zip(held_out, answers, strict=True)):
-        rewards.submit(i, prompt.example, answer[0].text)
-    accuracy = sum(rewards.collect().values()) / len(held_out)
+    start, ranks = time.perf_counter(), engine.ranks
+    mine = held_out[ranks.group :: ranks.groups]
+    answers = engine.generate([p.token_ids for p in mine], n=1, max_tokens=args.max_response_len, greedy=True)
+    for i, (prompt, answer) in enumerate(zip(mine, answers, strict=True)):
+        if ranks.speaks:
+            rewards.submit(i, prompt.example, answer[0].text)
+    accuracy = sum(ranks.gather(sum(rewards.collect().values()))) / len(held_out)
     if step == 0:
         run.log({"step": 0, "eval/accuracy": accuracy, "time/eval": time.perf_counter() - start})
         print(f"before training: held-out accuracy {accuracy:.3f} (greedy, {len(held_out)} prompts)", flush=True)
@@ -637,6 +681,7 @@ ERRORS = (
     OptimizerError,
     PackingError,
     PolicyError,
+    RanksError,
     RewardError,
     RunFolderError,
     SyncError,
@@ -644,14 +689,38 @@ ERRORS = (
 )
 
 
+def _what_failed(error: BaseException) -> str:
+    """What a run says of its end: a message, or the traceback of what has none."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, ERRORS):
+        return redacted(f"error: {error}")
+    return redacted("".join(traceback.format_exception(error)).rstrip())
+
+
 def main() -> None:
+    ranks = Ranks()
     try:
-        train(with_resumed(read_flags(__doc__)).resolved())
-    except ERRORS as error:
-        sys.exit(redacted(f"error: {error}"))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        args = flags()
+        ranks = Ranks.start(args.tp)
+        train(args, ranks)
+        ranks.finish()
+    except (*ERRORS, KeyboardInterrupt) as error:
+        ranks.failed(_what_failed(error))
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+    except Exception as error:
+        if ranks.world == 1:
+            raise
+        ranks.failed(_what_failed(error))
+        sys.exit(1)
+
+
+def flags() -> Args:
+    """The command line, read alike by all ranks; the first one speaks for all."""
+    if os.environ.get("RANK", "0") == "0":
+        return with_resumed(read_flags(__doc__)).resolved()
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stderr(nowhere):
+        return with_resumed(read_flags(__doc__)).resolved()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import head_logprobs
 import packing
-import policy as policy_module
+import sharding
 from checkpoint import LoopState, random_states, read_checkpoint
 from packing import PackingError
 from policy import Batch, Policy, PolicyError, load_model
@@ -200,7 +200,7 @@ def test_a_chunked_head_equals_the_whole_one(rows, monkeypatch):
     policy, batch = make_policy(), make_batch(RAGGED)
     whole, whole_entropy = policy.logprobs(batch)
     whole_gradients = gradients(policy, batch)
-    monkeypatch.setattr(policy_module, "LOGITS_CHUNK_ELEMENTS", rows * V + 1)
+    monkeypatch.setattr(sharding, "CHUNK_ELEMENTS", rows * V + 1)
     sizes, statistics = [], head_logprobs._statistics
     monkeypatch.setattr(
         head_logprobs, "_statistics", lambda logits, *a: (sizes.append(logits.shape[0]), statistics(logits, *a))[1]
@@ -217,7 +217,7 @@ def test_a_vocabulary_larger_than_a_chunk_still_goes_row_by_row(monkeypatch):
     policy, batch = make_policy(), make_batch(RAGGED)
     with torch.no_grad():
         whole = policy.logprobs(batch)[0]
-        monkeypatch.setattr(policy_module, "LOGITS_CHUNK_ELEMENTS", 1)
+        monkeypatch.setattr(sharding, "CHUNK_ELEMENTS", 1)
         torch.testing.assert_close(policy.logprobs(batch)[0], whole, rtol=1e-6, atol=1e-6)
 
 
