@@ -304,12 +304,16 @@ class Policy:
             named[f"{kind}.{self._names[int(i)]}"] = tensor
         return named
 
+    @torch.no_grad()
+    def load_masters(self) -> None:
+        """The weights become what the master weights round to."""
+        for weight, master in zip(self._weights, self.optimizer.masters, strict=True):
+            weight.copy_(master)
+
     def load_training(self, checkpoint: Checkpoint) -> None:
         """Master weights, moments and counters of a checkpoint, and the bf16 weights that they round to."""
         checkpoint.load_optimizer(self.optimizer_state())
-        with torch.no_grad():  # a checkpoint of adapters has its weights only here
-            for weight, master in zip(self._weights, self.optimizer.masters, strict=True):
-                weight.copy_(master)
+        self.load_masters()  # a checkpoint of adapters has its weights only here
         numbers = checkpoint.loop.policy
         self.updates, self.skipped = numbers["updates"], numbers["skipped"]
         self.optimizer.set_updates(numbers["optimizer_updates"])
