@@ -13,6 +13,7 @@ from corrections import CORRECTIONS, Correction
 from keys import keys_in
 from lora import LoraSettings
 from loss import ADVANTAGES, REDUCTIONS
+from quant_formats import BLOCK
 
 TINY_MODEL = str(Path(__file__).resolve().parent / "assets" / "tiny-adder")
 
@@ -22,6 +23,7 @@ TINY_DEFAULTS: dict[str, Any] = {
     "steps": 60,
     "prompts_per_step": 32,
     "samples_per_prompt": 8,
+    "tp": 1,
     "max_prompt_len": 32,
     "max_response_len": 8,
     "lr": 3e-4,
@@ -34,6 +36,7 @@ REAL_DEFAULTS: dict[str, Any] = {
     "steps": 100,
     "prompts_per_step": 64,
     "samples_per_prompt": 8,
+    "tp": 1,
     "max_prompt_len": 512,
     "max_response_len": 1024,
     "lr": 1e-6,
@@ -52,7 +55,7 @@ GROUPS = {  # title in --help: its first flag; the fields of Args stand in this 
 }
 
 POSITIVE = ("steps", "prompts_per_step", "max_prompt_len", "max_response_len", "max_sample_rounds", "max_num_seqs",
-            "keep_last", "lr", "lora_alpha", "micro_batch_tokens", "updates_per_batch", "max_grad_norm",
+            "keep_last", "tp", "lr", "lora_alpha", "micro_batch_tokens", "updates_per_batch", "max_grad_norm",
             "temperature", "reward_workers", "reward_time_limit")  # fmt: skip
 AT_LEAST_ZERO = ("lora_rank", "eval_size", "eval_every", "save_every", "warmup_steps", "weight_decay", "clip_low",
                  "log_samples", "overlong_buffer", "seed")  # fmt: skip
@@ -61,13 +64,15 @@ AT_LEAST_ZERO = ("lora_rank", "eval_size", "eval_every", "save_every", "warmup_s
 DEFAULT_TIS_CAP = 2.0
 LOWEST_TEMPERATURE = 0.01  # vLLM samples at no lower one, whatever it is asked for
 MOST_WORKERS = 1024
+VOCAB_PADDING = 64  # vLLM's: embeddings have a multiple of so many rows
 
 # Flags that may differ between a run and what goes on with it: they change nothing that it computes.
 FREE = ("steps", "save_every", "keep_last", "resume", "run_name", "runs_dir", "alarms", "log_samples", "wandb",
         "tensorboard", "reward_workers", "reward_time_limit", "prove_sync", "fast_scheduler", "sleep", "memory_gib",
         "kv_cache_gib", "trust_remote_code")  # fmt: skip
-# Flags that the memory plan chooses where they are None; config.json has its choice, and a resumed run keeps to it.
-BY_MACHINE = ("micro_batch_tokens", "gradient_checkpointing", "offload_optimizer", "compile")
+# Flags of the machine: chosen where they are None, the most by the memory plan; config.json has the choice, and a
+# resumed run keeps to it unless it is told otherwise.
+BY_MACHINE = ("micro_batch_tokens", "gradient_checkpointing", "offload_optimizer", "compile", "tp")
 
 
 class ConfigError(ValueError):
@@ -132,6 +137,9 @@ class Args:
     """Must be 0 (off), for the same reason."""
     max_num_seqs: int = 512
     """Sequences that the engine runs at once."""
+    tp: int | None = None
+    """Ranks that hold one engine together (tensor parallel); the rest of the ranks hold others. Must divide the number
+    of processes. None: 1."""
     fast_scheduler: bool = True
     """vLLM's scheduler with a short way for steps that only decode (fast_scheduler.py): a tenth of its Python a token,
     which is what limits small models. A vLLM that it does not know runs its own, after a warning."""
@@ -387,6 +395,61 @@ class Args:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{_flag(name)} is {value}; it must be greater than 0, and finite")
+
+
+def check_ranks(args: Args, config: Any, world: int) -> None:
+    """ConfigError for flags and a model (transformers' `config`) that `world` ranks, --tp of them to an engine, cannot
+    work with. `args` must be resolved and `config` make a model. That --tp divides the ranks is ranks.py's to check."""
+    tp = args.tp
+    if world > 1 and args.optimizer_states == "8bit":
+        raise ConfigError(
+            f"--optimizer-states 8bit is for one process, not {world}: its blocks of 256 values do not follow the rows "
+            "by which the policy is sharded; use bf16"
+        )
+    if args.prompts_per_step < world // tp:
+        raise ConfigError(
+            f"--prompts-per-step {args.prompts_per_step} is less than the {world // tp} engines of {world} processes "
+            f"with --tp {tp}, and some would have nothing to sample; give more prompts, a larger --tp or fewer "
+            "processes"
+        )
+    if tp == 1:
+        return
+    if uncut := _cannot_cut(config, tp):
+        others = [n for n in range(1, world + 1) if world % n == 0 and not _cannot_cut(config, n)]
+        raise ConfigError(
+            f"--tp {tp} cannot split {args.model}: it has {uncut}; with {world} processes --tp may be "
+            f"{', '.join(map(str, others))}"
+        )
+    if args.rollout_quant == "fp8-block":
+        heads, kv_heads, head = _heads(config)
+        parts = {"queries": heads * head // tp, "keys": max(1, kv_heads // tp) * head}
+        for what, rows in (parts | {"MLP": config.intermediate_size // tp}).items():
+            if rows % BLOCK:
+                raise ConfigError(
+                    f"--rollout-quant fp8-block: with --tp {tp} a rank has {rows} rows of the {what} of {args.model}, "
+                    f"which blocks of {BLOCK} do not cover; use fp8 or fp8-channel, or another --tp"
+                )
+
+
+def _heads(config: Any) -> tuple[int, int, int]:
+    """(heads, key and value heads, size of a head)."""
+    heads = config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, getattr(config, "num_key_value_heads", None) or heads, head
+
+
+def _cannot_cut(config: Any, tp: int) -> str | None:
+    """What of the model `tp` ranks cannot share evenly. vLLM (0.26 and 0.32) cuts attention by heads, the MLP by its
+    width, embeddings and head by a padded vocabulary; key and value heads are cut, or each held by several ranks."""
+    heads, kv_heads, _ = _heads(config)
+    if heads % tp:
+        return f"{heads} attention heads"
+    if kv_heads % tp and tp % kv_heads:
+        return f"{kv_heads} key and value heads"
+    if config.intermediate_size % tp:
+        return f"an intermediate size of {config.intermediate_size}"
+    padded = math.ceil(config.vocab_size / VOCAB_PADDING) * VOCAB_PADDING
+    return f"a vocabulary of {padded}, padded" if padded % tp else None
 
 
 def _default(f: dataclasses.Field) -> Any:

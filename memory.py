@@ -1,7 +1,8 @@
 """The memory plan: what each part of a run takes on the GPU, and whether the engine may stay while the policy trains.
 
 Everything is predicted before anything is allocated, from the model's config and the run's sizes; `python train.py`
-prints the table with the choice and its reason, and after the first step what was really used.
+prints the table with the choice and its reason, and after the first step what was really used. With several GPUs all
+figures are those of one of them, all have the same plan, and FSDP2's shards and --tp divide what can be divided.
 """
 
 import itertools
@@ -15,12 +16,14 @@ import torch
 from head_logprobs import CHUNK_ELEMENTS
 from lora import LoraSettings, add_adapters, trained
 from optimizer import PIECE_ELEMENTS, SLOTS, STATE_BYTES
+from quant_sync import STAGING_BYTES
 
 GIB = 2**30
 USABLE = 0.96  # of the free memory: the rest is for fragmentation
 HOST_USABLE = 0.85  # of the host's: the other processes of the run live there too
 LIBRARIES = int(0.6 * GIB)  # their handles, loaded kernels and workspaces
 GRAPHS = int(0.9 * GIB)  # the engine's CUDA graphs; they stay even while it sleeps
+NCCL = GIB  # buffers and channels of the ranks' communicators, where there are several; not measured
 MICRO_BATCH_CHOICES = (16384, 8192, 4096)  # tokens, in order of preference
 GRADIENT = 4  # bytes a trained parameter, fp32
 
@@ -46,6 +49,13 @@ class ModelSizes:
     trained: int | None = None  # parameters with gradient and optimizer state; None: all
     adapted: int = 0  # linear layers with an adapter, and its rank
     rank: int = 0
+    kv_heads: int = 1
+    root: int = 0  # parameters outside the layers: embeddings, last norm, head
+
+    def kv_bytes_of_rank(self, tp: int) -> int:
+        """A token's keys and values on one of `tp` ranks that hold an engine together: heads are dealt out, and where
+        there are fewer than ranks, each is held by several."""
+        return self.kv_bytes_per_token * max(1, self.kv_heads // tp) // self.kv_heads
 
 
 def model_sizes(config: Any, trust_remote_code: bool = False, lora: LoraSettings | None = None) -> ModelSizes:
@@ -75,6 +85,8 @@ def model_sizes(config: Any, trust_remote_code: bool = False, lora: LoraSettings
         query=config.num_attention_heads * head_dim,
         key=kv_heads * head_dim,
         norms_of_heads=any(n.endswith("q_norm.weight") for n, _ in model.named_parameters()),
+        kv_heads=kv_heads,
+        root=sum(p.numel() for n, p in model.named_parameters() if ".layers." not in n),
         **adapters,
     )
 
@@ -98,9 +110,41 @@ def activation_bytes(s: ModelSizes, tokens: int, checkpointing: bool, compiled: 
     return int(2 * tokens * kept + head)
 
 
+def sharding_bytes(s: ModelSizes, world: int) -> int:
+    """What FSDP2 has beside its shards while a micro-batch is trained on; nothing in a world of one.
+
+    The bf16 weights of two layers (one computes, the next arrives) and of the root, which stays gathered; the bf16
+    gradients of two layers and the root; and what is reduced in fp32: whole as it goes in, a shard as it comes out.
+    """
+    if world == 1:
+        return 0
+    layer = (s.parameters - s.root) / s.layers
+    learns = (layer, s.root) if s.trained is None else (s.trained / s.layers, 0)
+    weights = 2 * (2 * layer + s.root)
+    gradients = 2 * (2 * learns[0] + max(0, learns[1] - s.vocab * s.hidden))  # the head's: activation_bytes
+    return int(weights + gradients + GRADIENT * sum(learns) * (1 + 1 / world))
+
+
+def sync_bytes(s: ModelSizes, world: int) -> int:
+    """The sync's two staging buffers, for weights that do not lie as they are needed: shards, or layers with adapters.
+    Each holds the largest parameter of the engine at least."""
+    if world == 1 and not s.rank:
+        return 0
+    largest = max(2 * s.intermediate * s.hidden, (s.query + 2 * s.key) * s.hidden)  # gate and up; q, k and v
+    if world > 1:
+        largest = max(largest, s.vocab * s.hidden)
+    return 2 * min(max(STAGING_BYTES, 2 * largest), 2 * s.parameters)
+
+
+def sequences_at_once(max_num_seqs: int, prompts: int, samples: int, engines: int = 1) -> int:
+    """Sequences of a step that one of `engines` has at once: about twice what is kept, since dynamic sampling draws
+    that many."""
+    return min(max_num_seqs, 2 * -(-prompts // engines) * samples)
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What was decided, and from which figures (bytes)."""
+    """What was decided, and from which figures (bytes, of one GPU)."""
 
     sleep_level: int
     checkpointing: bool
@@ -115,41 +159,54 @@ class MemoryPlan:
     training_state: int = 0
     training_peak: int = 0
     host: int = 0
+    world: int = 1  # GPUs that have this plan, each for itself
+    sharding: int = 0  # FSDP2's beside its shards, while training
+    sync_buffers: int = 0
 
     @property
     def engine(self) -> int:
         """Bytes of the awake engine."""
         return self.engine_weights + GRAPHS + self.engine_workspace + self.kv_cache
 
+    @property
+    def libraries(self) -> int:
+        return LIBRARIES + (NCCL if self.world > 1 else 0)
+
     def used(self, phase: str) -> int:
         """Predicted bytes in use: "engine" built, "policy" and optimizer too, while in "rollout", while in "train"."""
-        state = self.training_state
-        return LIBRARIES + {
+        state = self.training_state + self.sync_buffers
+        training = self.training_peak + self.sharding
+        return self.libraries + {
             "engine": self.engine,
             "policy": self.engine + state,
             "rollout": self.engine + state,
-            "train": (self.engine if self.sleep_level == 0 else GRAPHS) + state + self.training_peak,
+            "train": (self.engine if self.sleep_level == 0 else GRAPHS) + state + training,
         }[phase]  # fmt: skip
 
     def table(self) -> str:
         """The plan as text, in GiB."""
+        several = self.world > 1
         rows = [
             ("engine weights", self.engine_weights),
-            ("engine CUDA graphs, workspace, libraries", GRAPHS + self.engine_workspace + LIBRARIES),
+            ("engine CUDA graphs, workspace, libraries", GRAPHS + self.engine_workspace + self.libraries),
             (f"KV cache (wanted {self.kv_wanted / GIB:.1f})", self.kv_cache),
             ("policy, gradients" + ("" if self.offload else ", master, Adam"), self.training_state),
             ("activations, logits while training", self.training_peak),
+            *([("gathered weights, gradients on their way", self.sharding)] if several else []),
+            *([("the sync's staging buffers", self.sync_buffers)] if self.sync_buffers else []),
             ("most in use: generating", self.used("rollout")),
             ("             training", self.used("train")),
             ("free on the device", self.free),
         ]
         lines = [f"  {name:<40}{size / GIB:8.1f} GiB" for name, size in rows]
         kept = "recomputed" if self.checkpointing else "kept"
-        where = f", master and Adam in host memory ({self.host / GIB:.1f} GiB)" if self.offload else ""
+        each = f", {self.world} times" if several else ""
+        where = f", master and Adam in host memory ({self.host / GIB:.1f} GiB{each})" if self.offload else ""
         choice = (
             f"  activations {kept}{where}, {self.micro_batch_tokens} tokens a micro-batch; --sleep {self.sleep_level}"
         )
-        return "\n".join(["memory plan", *lines, f"{choice}: {self.reason}"])
+        title = f"memory plan, per GPU, of {self.world}" if several else "memory plan"
+        return "\n".join([title, *lines, f"{choice}: {self.reason}"])
 
 
 def plan_memory(
@@ -167,9 +224,14 @@ def plan_memory(
     compiled: bool = True,
     optimizer_states: str = "fp32",
     host_free: int | None = None,
+    world: int = 1,
+    tp: int = 1,
 ) -> MemoryPlan:
     """Decide sleep level, activation checkpointing, micro-batch size and KV cache for `free` bytes, where the engine
     holds `one_byte_weights` of the parameters in an 8-bit format and the others in bf16.
+
+    For each of `world` GPUs alike: the training state is divided among all of them, an engine among `tp`. `free` is
+    then that of the fullest GPU, `max_num_seqs` one engine's, and `host_free` is what all ranks share.
 
     `micro_batch_tokens`, `checkpointing` and `offload` (master weights and moments in host memory) are chosen where
     they are None, `sleep` where it is "auto"; the first that fits is taken, in order of what it costs: smaller
@@ -180,33 +242,39 @@ def plan_memory(
     """
     s = sizes
     usable = int(free * USABLE)
-    weights = 2 * s.parameters - one_byte_weights
-    workspace = 12 * max_num_seqs * s.vocab  # sampler: a few fp32 copies of the logits
-    least = s.kv_bytes_per_token * (max_model_len + 16)
+    weights = -(-(2 * s.parameters - one_byte_weights) // tp)
+    workspace = 12 * max_num_seqs * s.vocab  # sampler: a few fp32 copies of the logits, which every rank has whole
+    sharding, staging = sharding_bytes(s, world), sync_bytes(s, world)
+    libraries = LIBRARIES + (NCCL if world > 1 else 0)
+    host_free = None if host_free is None else host_free // world
+    least = s.kv_bytes_of_rank(tp) * (max_model_len + 16)
     wanted = least * max_num_seqs if kv_cache_gib is None else int(kv_cache_gib * GIB)
     states = STATE_BYTES[optimizer_states]
     learns = s.parameters if s.trained is None else s.trained
 
     def try_plan(level: int, checkpoint: bool, tokens: int, on_host: bool) -> tuple[bool, MemoryPlan]:
         slots = int(SLOTS * states * PIECE_ELEMENTS)
-        state = 2 * s.parameters + GRADIENT * learns + (slots if on_host else int(states * learns))
+        of_optimizer = int(states * learns / world)
+        state = -(-(2 * s.parameters + GRADIENT * learns) // world) + (slots if on_host else of_optimizer)
         peak = activation_bytes(s, tokens, checkpoint, compiled)
-        others = (peak if level == 0 else 0) + LIBRARIES + weights + GRAPHS + workspace + state
+        training = peak + sharding
+        others = (training if level == 0 else 0) + libraries + weights + GRAPHS + workspace + state + staging
         kv = min(wanted, usable - others)
         if sleep != "auto":
             reason = "asked for"
         elif level == 0:
             reason = "engine, policy and optimizer fit together, so nothing sleeps"
         else:
-            short = others + peak + wanted - usable
+            short = others + training + wanted - usable
             reason = (
                 f"they do not fit together ({short / GIB:.1f} GiB short); the sync rewrites every weight, so none is "
                 "kept on the host"
             )
-        host = int(states * learns) if on_host else 0
+        host = of_optimizer if on_host else 0
         plan = MemoryPlan(
-            level, checkpoint, on_host, tokens, kv, reason, wanted, free, weights, workspace, state, peak, host
-        )
+            level, checkpoint, on_host, tokens, kv, reason, wanted, free, weights, workspace, state, peak, host,
+            world, sharding, staging,
+        )  # fmt: skip
         enough = wanted if level == 0 and sleep == "auto" else least
         fits = kv >= enough and plan.used("train") <= usable
         return fits and (host_free is None or host <= HOST_USABLE * host_free), plan
@@ -225,12 +293,16 @@ def plan_memory(
     short = max(plan.used("train") - usable, plan.used("rollout") - plan.kv_cache + least - usable)
     lacking = f"{short / GIB:.1f} GiB short of {usable / GIB:.1f} GiB ({USABLE:.0%} of what is free)"
     if plan.host and host_free is not None and plan.host > HOST_USABLE * host_free:
-        lacking = f"the optimizer wants {plan.host / GIB:.1f} GiB of host memory, {host_free / GIB:.1f} are available"
+        each = "" if world == 1 else f" for each of {world} ranks"
+        lacking = (
+            f"the optimizer wants {plan.host / GIB:.1f} GiB of host memory{each}, {host_free / GIB:.1f} are available"
+        )
+    several = "" if world == 1 else "; a larger --tp; more processes, on more GPUs"
     raise MemoryPlanError(
         f"this run does not fit on the GPU: {lacking} even as follows.\n{plan.table()}\n"
         "What helps: a smaller --model; smaller --max-response-len, --max-num-seqs or --micro-batch-tokens; "
         "--gradient-checkpointing True; --offload-optimizer True; --optimizer-states 8bit; --sleep 2; --kv-cache-gib "
-        "left out; other programs off the GPU"
+        f"left out; other programs off the GPU{several}"
     )
 
 
@@ -250,6 +322,12 @@ def host_memory() -> int:
 def host_used() -> int:
     """Bytes of the host's memory that this process holds (resident set, shared pages included)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def most_seen(everyone: list[dict[str, int]]) -> dict[str, int]:
+    """phase -> the most that any rank has seen in it."""
+    phases = dict.fromkeys(phase for seen in everyone for phase in seen)
+    return {phase: max(seen.get(phase, 0) for seen in everyone) for phase in phases}
 
 
 @dataclass
@@ -294,15 +372,19 @@ class MemoryLog:
             "memory/torch_peak_gib": (torch.cuda.max_memory_allocated() - self.occupied) / GIB,
         }
 
-    def table(self) -> str:
-        """Planned and used, in GiB."""
+    def table(self, everyone: list[dict[str, int]] | None = None) -> str:
+        """Planned and used, in GiB. `everyone` is what each rank has seen: `ranks.gather(used.seen)`; then what the
+        fullest GPU used stands beside the plan, and after it what each of them did."""
         names = {"engine": "engine built", "policy": "policy and optimizer built", "rollout": "generating",
                  "train": "training"}  # fmt: skip
-        lines = ["memory, GiB                     planned    used"]
-        for phase, used in self.seen.items():
+        everyone = everyone or [self.seen]
+        lines = ["memory, GiB                     planned    used" + (" most" if len(everyone) > 1 else "")]
+        for phase, used in most_seen(everyone).items():
             planned = self.plan.used(phase)
+            each = " ".join(f"{seen[phase] / GIB:.1f}" if phase in seen else "-" for seen in everyone)
             lines.append(
                 f"  {names[phase]:<28}{planned / GIB:9.1f}{used / GIB:8.1f}   {(used - planned) / planned:+.0%}"
+                + (f"   by rank: {each}" if len(everyone) > 1 else "")
             )
         unused = torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated()
         lines.append(f"  kept by torch's allocator beyond its peak {max(0, unused) / GIB:14.1f}")

@@ -10,6 +10,7 @@ A process that is started by itself is a world of one, and none of this communic
 
 import os
 import select
+import shutil
 import sys
 import tempfile
 import threading
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,8 @@ T = TypeVar("T")
 
 TIMEOUT = timedelta(hours=2)  # ranks wait for the slowest one's rollouts
 GRACE = 5.0  # seconds in which the death of another rank explains an error of this one
+BROKEN = ("by peer", "remote process", "Broken pipe")  # words of gloo and NCCL when another rank has gone
+CLAIM = "said"
 
 
 class RanksError(RuntimeError):
@@ -56,7 +59,7 @@ class Ranks:
         ranks = cls(rank, world, tp)
         if world == 1:
             return ranks
-        local = int(os.environ["LOCAL_RANK"])
+        local = int(os.environ.get("LOCAL_RANK", rank))
         if torch.cuda.is_available():
             if local >= torch.cuda.device_count():
                 raise RanksError(
@@ -131,7 +134,7 @@ class Ranks:
             return sums
         merged: dict[str, torch.Tensor] = {}
         for name in sorted(sums):
-            value = sums[name].detach().cpu().contiguous()
+            value = sums[name].detach().to("cpu", copy=True).contiguous()
             kind = dist.ReduceOp.MAX if name.endswith("_max") else dist.ReduceOp.SUM
             dist.all_reduce(value, op=kind, group=self._cpu)
             merged[name] = value
@@ -145,11 +148,12 @@ class Ranks:
         """RanksError unless all ranks have the same values; names the first that differs. `what` says whose they
         are: "arguments"."""
         everyone = self.gather(values)
-        for name in values:
+        for name in dict.fromkeys(name for other in everyone for name in other):
+            first = everyone[0].get(name)
             for rank, other in enumerate(everyone):
-                if other.get(name) != everyone[0][name]:
+                if other.get(name) != first:
                     raise RanksError(
-                        f"the ranks have different {what}: {name} is {everyone[0][name]} on rank 0 and "
+                        f"the ranks have different {what}: {name} is {first} on rank 0 and "
                         f"{other.get(name)} on rank {rank}; start every rank with the same command on the same files"
                     )
 
@@ -173,6 +177,9 @@ class Ranks:
         if self._watch is not None:
             self.barrier()
             self._watch.stop()
+            self.barrier()  # nobody goes before the others have stopped watching
+            if self.first:
+                self._watch.clear()
 
 
 def check_launch(world: int, tp: int) -> None:
@@ -199,10 +206,11 @@ class _Watch:
         self._ranks = ranks
         pids = ranks.gather(os.getpid())
         folder = ranks.from_first(tempfile.mkdtemp(prefix="rollout8-ranks-") if ranks.first else "")
-        self._said = Path(folder)  # holds a file for each rank that has said why it ends, so that no other one does
+        self._said = Path(folder)  # holds a file once a rank has said why the run ends, so that no other one does
         self._fds = {os.pidfd_open(pid): rank for rank, pid in enumerate(pids) if rank != ranks.rank}
         self._advice: Callable[[], str] | None = None
         self._stopped = threading.Event()
+        self._ending = threading.Lock()
 
     def start(self, advice: Callable[[], str]) -> None:
         self._advice = advice
@@ -210,6 +218,9 @@ class _Watch:
 
     def stop(self) -> None:
         self._stopped.set()
+
+    def clear(self) -> None:
+        shutil.rmtree(self._said, ignore_errors=True)
 
     def _dead(self, seconds: float) -> list[int]:
         """Ranks whose process has ended, waiting for the first so long."""
@@ -224,31 +235,47 @@ class _Watch:
             if dead and not self._stopped.is_set():
                 self._end(dead)
 
-    def _end(self, dead: list[int]) -> None:
-        time.sleep(0.2 * self._ranks.rank)  # one after the other, so that one speaks
-        if not self._any_said():
-            self._claim()
+    def _end(self, dead: list[int]) -> NoReturn:
+        try:
             advice = "" if self._advice is None else self._advice()
-            message = f"\nerror: rank {dead[0]} of {self._ranks.world} has ended; the run cannot go on without it."
-            os.write(2, f"{message} {advice}\n".encode())
-        os._exit(1)
+        except Exception as error:  # whatever it is, this rank must end
+            advice = f"What to do now cannot be said: {type(error).__name__}: {error}"
+        self._say(
+            f"\nerror: rank {dead[0]} of {self._ranks.world} has ended; the run cannot go on without it. {advice}"
+        )
 
-    def failed(self, message: str) -> None:
-        deadline = time.monotonic() + GRACE
-        while self._ranks.rank and time.monotonic() < deadline:  # the first rank speaks for all that fail alike
-            if self._dead(0.1) or self._any_said():
-                break
-        if not self._any_said() and not self._dead(0.0):
-            self._claim()
-            print(message, file=sys.stderr, flush=True)
-        elif not self._any_said():
-            self._end(self._dead(0.0))
+    def failed(self, message: str) -> NoReturn:
+        sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
+        # The first rank speaks for all that fail alike. It waits only where another's end is the likely reason: a
+        # process that dies with much memory loses its connections long before it is gone.
+        broken = any(words in message for words in BROKEN)
+        deadline = time.monotonic() + (GRACE if self._ranks.rank or broken else 0.0)
+        while time.monotonic() < deadline and not self._dead(0.1) and not self._any_said():
+            pass
+        if dead := self._dead(0.0):
+            self._end(dead)
+        self._say(message)
+
+    def _say(self, message: str) -> NoReturn:
+        """The run's last words, from whichever rank and thread is the first to have some; this process ends."""
+        with self._ending:  # the other thread would end the process between the claim and the words
+            try:
+                if self._claim():
+                    os.write(2, f"{message}\n".encode(errors="backslashreplace"))
+            finally:
+                os._exit(1)
 
     def _any_said(self) -> bool:
-        return any(self._said.iterdir()) if self._said.exists() else False
+        return (self._said / CLAIM).exists()
 
-    def _claim(self) -> None:
-        self._said.mkdir(exist_ok=True)
-        (self._said / str(self._ranks.rank)).touch()
+    def _claim(self) -> bool:
+        """True for one rank alone."""
+        try:
+            self._said.mkdir(exist_ok=True)  # temporary folders may have been swept
+            (self._said / CLAIM).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        except OSError:  # a full disk: better said twice than never
+            return True
+        return True

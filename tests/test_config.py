@@ -9,6 +9,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -137,6 +138,7 @@ def test_explicit_values_survive(model):
         "steps": 7,
         "prompts_per_step": 3,
         "samples_per_prompt": 5,
+        "tp": 2,
         "max_prompt_len": 11,
         "max_response_len": 13,
         "lr": 0.5,
@@ -162,6 +164,75 @@ def test_what_does_not_depend_on_the_model_is_never_none_after_resolving():
 def test_args_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Args().lr = 1.0
+
+
+# ---- several ranks
+
+
+def shape(**fields):
+    """Qwen3-32B's config, with other fields."""
+    sizes = dict(num_attention_heads=64, num_key_value_heads=8, hidden_size=5120, head_dim=128)
+    return SimpleNamespace(**(sizes | dict(intermediate_size=25600, vocab_size=151936) | fields))
+
+
+QWEN_05B = dict(num_attention_heads=14, num_key_value_heads=2, hidden_size=896, head_dim=None, intermediate_size=4864)
+REJECTED_RANKS = {  # name: (world, flags, fields of the model's config, words)
+    "heads that do not divide": (4, {"tp": 4}, QWEN_05B, ["--tp 4", "14 attention heads", "--tp may be 1, 2"]),
+    "key and value heads that do not divide": (
+        6, {"tp": 6}, dict(num_attention_heads=12, num_key_value_heads=4, hidden_size=768),
+        ["--tp 6", "4 key and value heads", "--tp may be 1"],
+    ),
+    "width that does not divide": (
+        8, {"tp": 8}, dict(intermediate_size=25604), ["--tp 8", "intermediate size of 25604", "--tp may be 1, 2, 4"]
+    ),
+    "vocabulary that does not divide": (
+        3, {"tp": 3}, dict(num_attention_heads=12, num_key_value_heads=3, intermediate_size=768, vocab_size=100),
+        ["--tp 3", "a vocabulary of 128"],
+    ),
+    "blocks of FP8 that parts would cut": (
+        2, {"tp": 2, "rollout_quant": "fp8-block"}, QWEN_05B, ["fp8-block", "--tp 2", "448 rows of the queries"]
+    ),
+    "blocks of FP8 in a narrow part of the MLP": (
+        8, {"tp": 8, "rollout_quant": "fp8-block"}, dict(intermediate_size=25600 + 512), ["3264 rows of the MLP"]
+    ),
+    "fewer prompts than engines": (
+        8, {"tp": 2, "prompts_per_step": 3}, {}, ["--prompts-per-step 3", "4 engines", "--tp 2"]
+    ),
+    "8-bit moments on several ranks": (2, {"optimizer_states": "8bit"}, {}, ["--optimizer-states 8bit", "2", "bf16"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REJECTED_RANKS)
+def test_what_several_ranks_cannot_do_is_refused_by_name(name):
+    world, flags, fields, words = REJECTED_RANKS[name]
+    with pytest.raises(ConfigError) as error:
+        config.check_ranks(Args(**flags).resolved(), shape(**fields), world)
+    assert [w for w in words if w not in str(error.value)] == [] and len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("world", "flags", "fields"),
+    [
+        (8, {"tp": 8, "rollout_quant": "fp8-block"}, {}),
+        (16, {"tp": 16}, {}),  # each key and value head on two ranks
+        (2, {"tp": 2, "rollout_quant": "int4-sim"}, QWEN_05B),
+        (8, {"tp": 2, "prompts_per_step": 4}, {}),
+        (7, {"tp": 7}, QWEN_05B | dict(num_key_value_heads=14, intermediate_size=7 * 64, vocab_size=7 * 64)),
+        (1, {"optimizer_states": "8bit", "prompts_per_step": 1}, dict(num_attention_heads=0)),
+    ],
+    ids=str,
+)
+def test_what_several_ranks_can_do_is_accepted(world, flags, fields):
+    config.check_ranks(Args(**flags).resolved(), shape(**fields), world)
+
+
+@pytest.mark.parametrize(("asked", "taken"), [(None, 4), (1, 1), (2, 2)])
+def test_a_resumed_run_may_have_another_tp(asked, taken):
+    """--resume takes the run's own unless it is said, 1 too: the next machine may have a single GPU."""
+    saved = train.config_of(Args(tp=4).resolved())
+    assert Args(tp=asked).resumed(saved, by_name=False).tp == taken
+    assert Args(tp=asked).resumed(saved, by_name=True).resolved().tp == (asked or 1)
+    assert Args(tp=asked).resumed({k: v for k, v in saved.items() if k != "tp"}, False).resolved().tp == (asked or 1)
 
 
 # ---- documentation

@@ -9,18 +9,26 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
+from lora import LoraSettings
 from memory import (
     GIB,
     GRAPHS,
     LIBRARIES,
     MICRO_BATCH_CHOICES,
+    NCCL,
     USABLE,
+    MemoryLog,
     MemoryPlanError,
     activation_bytes,
     host_memory,
     model_sizes,
+    most_seen,
     plan_memory,
+    sequences_at_once,
+    sharding_bytes,
+    sync_bytes,
 )
+from quant_sync import STAGING_BYTES
 
 # Qwen2.5-1.5B by hand, from its published config: H 1536, I 8960, 28 layers, 12 heads and 2 KV heads of 128, V 151936.
 H, INTERMEDIATE, LAYERS, KV, V = 1536, 8960, 28, 2 * 128, 151936
@@ -297,3 +305,122 @@ def test_the_hosts_memory_is_what_the_system_says():
     lines = Path("/proc/meminfo").read_text().splitlines()
     total = next(int(line.split()[1]) for line in lines if line.startswith("MemTotal")) * 1024
     assert 2**28 < host_memory() < total
+
+
+# ---- several GPUs
+
+
+def test_a_world_of_one_has_the_plan_that_it_had(sizes):
+    """Its figures are counted by hand above; nothing of several ranks is in it."""
+    alone = plan(sizes, 40)
+    assert alone == plan(sizes, 40, world=1, tp=1)
+    assert (alone.sharding, alone.sync_buffers, alone.libraries) == (0, 0, LIBRARIES)
+    said = alone.table() + str(no_room(sizes, 16))
+    assert [word for word in ("per GPU", "gathered", "staging", "--tp", "processes", "rank") if word in said] == []
+
+
+def no_room(sizes, gib, **changes) -> MemoryPlanError:
+    with pytest.raises(MemoryPlanError) as error:
+        plan(sizes, gib, **changes)
+    return error.value
+
+
+def test_what_each_of_several_gpus_holds_by_hand(sizes):
+    """1.5B over 8: the state by 8, the engine by --tp, and FSDP2's gathered weights and gradients on top."""
+    got = plan(sizes, 139, world=8, tp=2)
+    assert got.training_state * 8 == STATE
+    assert got.engine_weights == (LINEAR + 2 * (PARAMETERS - LINEAR)) // 2
+    assert got.kv_wanted * 2 == plan(sizes, 139).kv_wanted  # one of the two heads
+    root = V * H + H
+    layer = (PARAMETERS - root) // LAYERS
+    in_bf16 = 2 * (2 * layer + root) + 2 * (2 * layer + H)  # weights; gradients but the head's
+    in_fp32 = 4 * (layer + root) + 4 * (layer + root) // 8
+    assert got.sharding == sharding_bytes(sizes, 8) == pytest.approx(in_bf16 + in_fp32, abs=8)
+    assert got.sync_buffers == 2 * 2 * V * H  # the embeddings, which are larger than a buffer would be
+    assert got.training_peak == plan(sizes, 139).training_peak  # a micro-batch is one rank's own
+    parts = LIBRARIES + NCCL + got.engine + got.training_state + got.sync_buffers
+    assert got.used("rollout") == parts
+    assert got.used("train") == parts + got.training_peak + got.sharding
+    assert got.used("engine") == LIBRARIES + NCCL + got.engine
+
+
+def test_heads_that_are_fewer_than_the_ranks_of_an_engine_are_held_by_several(sizes):
+    assert [sizes.kv_bytes_of_rank(tp) for tp in (1, 2, 4)] == [KV_TOKEN, KV_TOKEN // 2, KV_TOKEN // 2]
+
+
+@pytest.mark.parametrize(("world", "tp"), [(2, 1), (2, 2), (8, 4)])
+def test_the_shares_of_all_ranks_are_the_whole(sizes, world, tp):
+    for changes in ({}, {"optimizer_states": "bf16"}, {"offload": True}):
+        one, each = plan(sizes, 400, **changes), plan(sizes, 400, world=world, tp=tp, **changes)
+        slots = 3 * 3 * 4 * 2**24 if changes.get("offload") else 0
+        assert world * (each.training_state - slots) == pytest.approx(one.training_state - slots, abs=world)
+        assert world * each.host == pytest.approx(one.host, abs=world)
+        assert tp * each.engine_weights == pytest.approx(one.engine_weights, abs=tp)
+
+
+def test_frozen_weights_are_gathered_and_only_adapters_are_reduced():
+    config = Qwen3Config(**SMALL_SHAPE, head_dim=32, tie_word_embeddings=False)
+    whole, adapted = model_sizes(config), model_sizes(config, lora=LoraSettings(4, 8.0))
+    assert whole.root == adapted.root == 2 * 300 * 64 + 64
+    layer = (adapted.parameters - adapted.root) / 2
+    reduced = (2 * 2 + 4 * 1.25) * adapted.trained / 2
+    assert sharding_bytes(adapted, 4) == int(2 * (2 * layer + adapted.root) + reduced) < sharding_bytes(whole, 4)
+
+
+def test_the_syncs_buffers_are_there_where_something_is_staged(sizes):
+    config = Qwen2Config(**SMALL_SHAPE, tie_word_embeddings=True)
+    small, adapted = model_sizes(config), model_sizes(config, lora=LoraSettings(4, 8.0))
+    assert [sync_bytes(small, 1), sync_bytes(small, 2)] == [0, 4 * small.parameters]  # no larger than the model
+    assert sync_bytes(adapted, 1) == 4 * adapted.parameters
+    assert sync_bytes(sizes, 1) == 0 < 2 * STAGING_BYTES < sync_bytes(sizes, 2)
+
+
+def test_more_gpus_never_want_more_of_each_and_fit_what_one_does_not(sizes):
+    no_room(sizes, 20)
+    used = [plan(sizes, 400, world=world, sleep="2").used("train") for world in (2, 4, 8)]
+    assert used == sorted(used, reverse=True)
+    eight = plan(sizes, 20, world=8, checkpointing=None, micro_batch_tokens=None, max_num_seqs=32)
+    assert not eight.offload and max(eight.used("train"), eight.used("rollout")) <= USABLE * eight.free
+    said = str(no_room(sizes, 8, world=2))
+    assert "a larger --tp" in said and "more processes" in said and "per GPU, of 2" in said
+
+
+def test_all_ranks_share_the_hosts_memory(sizes):
+    """17.3 GiB of masters and moments in all: what one rank takes of it is a part, and so is what there is for it."""
+    choices = dict(checkpointing=None, micro_batch_tokens=None, offload=True)
+    got = plan(sizes, 24, world=4, host_free=21 * GIB, **choices)
+    assert got.host == PARAMETERS * 12 // 4
+    assert "in host memory (4.3 GiB, 4 times)" in got.table()
+    said = str(no_room(sizes, 24, world=4, host_free=20 * GIB, **choices))
+    assert "4.3 GiB of host memory for each of 4 ranks, 5.0 are available" in said
+
+
+def test_the_table_of_several_gpus_says_so_and_adds_up(sizes):
+    got = plan(sizes, 139, world=8, tp=2)
+    lines = got.table().splitlines()
+    assert lines[0] == "memory plan, per GPU, of 8"
+    sizes_of = {line[:42].strip(): float(line.split()[-2]) for line in lines[1:] if line.endswith(" GiB")}
+    assert sizes_of["gathered weights, gradients on their way"] == pytest.approx(got.sharding / GIB, abs=0.05)
+    assert sizes_of["the sync's staging buffers"] == pytest.approx(got.sync_buffers / GIB, abs=0.05)
+    parts = [v for k, v in sizes_of.items() if k not in ("most in use: generating", "training", "free on the device")]
+    assert sum(parts) == pytest.approx(sizes_of["training"], abs=0.05 * (len(parts) + 1))
+
+
+def test_each_engine_has_room_for_its_share_of_the_sequences():
+    assert sequences_at_once(512, 16, 4) == 2 * 16 * 4
+    assert sequences_at_once(512, 16, 4, engines=8) == 2 * 2 * 4
+    assert sequences_at_once(512, 17, 4, engines=8) == 2 * 3 * 4  # whole groups: one engine has three
+    assert sequences_at_once(512, 1024, 5, engines=8) == 512
+
+
+def test_the_table_of_what_was_used_takes_the_fullest_gpu_and_lists_all(sizes):
+    log = object.__new__(MemoryLog)  # without a GPU
+    log.plan = plan(sizes, 139, world=2)
+    planned = log.plan.used("train")
+    log.seen = {"engine": 3 * GIB, "train": planned}
+    other = {"engine": 2 * GIB, "train": planned + planned // 10, "rollout": GIB}
+    assert most_seen([log.seen, other]) == {"engine": 3 * GIB, "train": other["train"], "rollout": GIB}
+    alone, together = log.table().splitlines(), log.table([log.seen, other]).splitlines()
+    assert "by rank" not in "".join(alone) and alone[2].split()[-1] == "+0%"
+    assert together[1].endswith("by rank: 3.0 2.0") and "+10%" in together[2]
+    assert together[3].endswith("by rank: - 1.0")

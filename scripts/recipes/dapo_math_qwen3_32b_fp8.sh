@@ -5,9 +5,9 @@
 #    at commit 825f2e82e289d6011d80957c48132618fed3d460. It trains on GSM8K, and says that it was tested on
 #    2 x 8 H100.
 # D: the defaults of that commit, skyrl-train/skyrl_train/config/ppo_base_config.yaml.
-# Hardware: several GPUs, which train.py does not use yet. On one of them (there is dapo_math_qwen3_32b_lora_fp8.sh for
-# one) it stops before anything large is allocated, and prints the memory plan that does not fit: 32.8e9 parameters take 18 bytes each, 6 of them on the GPU even with
-# --offload-optimizer True. This script has not been run.
+# Hardware: one node of 8 GPUs (for one GPU there is dapo_math_qwen3_32b_lora_fp8.sh). By the plan, not run: on 8 x 141
+# GB nothing sleeps, 127 of 139 GiB of a GPU in use; on 8 x 80 GB the engines sleep while the policy trains, and master
+# weights and moments are in host memory, 366 GiB in all, 68 of 78 GiB of a GPU in use. This script has not been run.
 #
 #   --model Qwen/Qwen3-32B              S
 #   --data dapo-math                    own choice (S: GSM8K)
@@ -15,6 +15,7 @@
 #   --eval-size 30                      own choice: all of AIME 2024
 #   --chat-template-kwargs              own choice: with thinking most answers would be cut at 1024 tokens
 #   --rollout-quant fp8                 S, FP8, one scale a matrix
+#   --tp 2                              own choice: with 1 the engines would sleep on 8 x 141 GB too
 #   --prompts-per-step 16               S, train_batch_size
 #   --updates-per-batch 1               S, train_batch_size 16 / policy_mini_batch_size 16
 #   --samples-per-prompt 4              S, n_samples_per_prompt
@@ -35,7 +36,7 @@
 #   --eval-every 5 --save-every 10      S
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-exec python train.py \
+exec torchrun --standalone --nproc-per-node 8 train.py --tp 2 \
   --model Qwen/Qwen3-32B --data dapo-math --eval-data aime-2024 --eval-size 30 --rollout-quant fp8 \
   --chat-template-kwargs '{"enable_thinking": false}' \
   --prompts-per-step 16 --updates-per-batch 1 --samples-per-prompt 4 \

@@ -6,8 +6,8 @@
 # D: the defaults of that commit, skyrl-train/skyrl_train/config/ppo_base_config.yaml.
 # L: Schulman et al. 2025, "LoRA Without Regret", and Tinker's documentation of LoRA: adapters on all linear layers, a
 #    higher learning rate than that of full fine-tuning, in RL as good as it.
-# Hardware: meant for one H200: 61 GiB of bf16 base, 31 of FP8 engine, the rest for KV cache and activations. This
-# script has not been run.
+# Hardware: meant for one H200. By the plan, not run: the engine sleeps while the policy trains; 133 of 139 GiB are in
+# use, 66 of them for the bf16 base with its adapters' state and 33 for the FP8 engine. This script has not been run.
 #
 #   --lora-rank 32                      L, Tinker's default; 0.27e9 of 32.8e9 parameters
 #   --lora-alpha 32                     own choice

@@ -9,14 +9,15 @@
 #    README of yaof20/Flash-RL.
 # V: volcengine/verl, recipe/dapo/run_dapo_qwen2.5_32b.sh
 #    at commit 03150d4fa825bcca1ec5c0a3f582cf6449148112: the paper's run (arXiv 2503.14476) in bf16, 16 x 8 GPUs.
-# Hardware: several GPUs, which train.py does not use yet. On one of them it stops before anything large is allocated,
-# and prints the memory plan that does not fit: 32.8e9 parameters take 18 bytes each, 6 of them on the GPU even with
-# --offload-optimizer True. This script has not been run.
+# Hardware: one node of 8 GPUs. By the plan, not run: the engines sleep while the policy trains; on 8 x 141 GB 133 of
+# 139 GiB of a GPU are in use, 43 of them KV cache; on 8 x 80 GB master weights and moments are in host memory, 366 GiB
+# in all, 75 of 78 GiB of a GPU in use, 29 of them KV cache. This script has not been run.
 #
 #   --model Qwen/Qwen2.5-32B            S, F, V
 #   --data dapo-math                    S, F, V; copies removed as S does
 #   --eval-data aime-2024               S, F, V; theirs samples 32 answers a problem or one, here it is one, greedy
 #   --eval-size 30                      all of it
+#   --tp 2                              own choice, and S's at its commit 08bbcca7: an engine has two GPUs' KV cache
 #   --rollout-quant int8                S, F by a calibrated profile; ours has one scale a row
 #   --prompts-per-step 128              S (F, V: 512)
 #   --updates-per-batch 4               S, train_batch_size 128 / policy_mini_batch_size 32 (F, V: 512 / 32 = 16)
@@ -39,7 +40,7 @@
 #   --eval-every 5 --save-every 10      S
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-exec python train.py \
+exec torchrun --standalone --nproc-per-node 8 train.py --tp 2 \
   --model Qwen/Qwen2.5-32B --data dapo-math --eval-data aime-2024 --eval-size 30 --rollout-quant int8 \
   --prompts-per-step 128 --updates-per-batch 4 --samples-per-prompt 16 \
   --max-prompt-len 2048 --max-response-len 20480 --overlong-filter --overlong-buffer 4096 \
