@@ -69,7 +69,6 @@ class RunFolder:
         self._lost: str | None = None  # why this rank could not write its part
         self._told: list[str | None] | None = None  # the same of all ranks, once they have ended writing
         self._trackers = Trackers(False, False, name, config, self.path)
-        self.checkpoint: Checkpoint | None = None
         self.checkpoint = _by_first(
             self.ranks, lambda: self._open(runs_dir, name, config, use_wandb, use_tensorboard, resume)
         )
@@ -88,13 +87,13 @@ class RunFolder:
             raise RunFolderError(f"--runs-dir {runs_dir} cannot be written: {error}") from error
         lock = _lock(self.path)
         self._release = weakref.finalize(self, os.close, lock)
-        self.checkpoint = self._go_back() if resume else None
+        checkpoint = self._go_back() if resume else None
         if not resume or not (self.path / "env.json").exists():
             _write_json(self.path / "config.json", config)
             _write_json(self.path / "env.json", without_secrets(_environment()))
         else:
-            where = "the beginning" if self.checkpoint is None else f"step {self.checkpoint.loop.step}"
-            step = 0 if self.checkpoint is None else self.checkpoint.loop.step
+            where = "the beginning" if checkpoint is None else f"step {checkpoint.loop.step}"
+            step = 0 if checkpoint is None else checkpoint.loop.step
             self.log_event({"step": step, "event": "resumed", "message": f"goes on from {where}"})
             _write_json(self.path / f"env-{step:06d}.json", without_secrets(_environment()))
         try:
@@ -105,7 +104,7 @@ class RunFolder:
             raise
         if self.ranks.world > 1:
             _flock(lock, fcntl.LOCK_SH, self.path)
-        return self.checkpoint
+        return checkpoint
 
     def _hold_together(self) -> None:
         """The folder is in use until the last rank has ended: one that outlives the first may still write into it."""
@@ -170,11 +169,8 @@ class RunFolder:
             return final
         if wait:
             lost = self._write_part(final, snapshot)
-            if self.ranks.world == 1:
-                self._complete(final, snapshot, best, [lost])
-            else:
-                told = self.ranks.gather(_why(lost))
-                _by_first(self.ranks, lambda: self._complete(final, snapshot, best, told))
+            told = [lost] if self.ranks.world == 1 else self.ranks.gather(_why(lost))
+            _by_first(self.ranks, lambda: self._complete(final, snapshot, best, lambda: told))
             return final
 
         def work() -> None:
@@ -183,7 +179,7 @@ class RunFolder:
                 self._lost = _why(lost)
                 return
             try:
-                told = [lost] if self.ranks.world == 1 else self._await_parts(final, _why(lost))
+                told = (lambda: [lost]) if self.ranks.world == 1 else lambda: self._await_parts(final, _why(lost))
                 self._complete(final, snapshot, best, told)
             except RunFolderError as error:
                 self._writer_error = error
@@ -206,11 +202,11 @@ class RunFolder:
 
     def _begin(self, final: Path) -> tuple[bool, RunFolderError | None]:
         """(whether it is to be written: an empty folder aside is there, why that could not be made)"""
-        if final.exists():
-            return False, None
         aside = _aside(final)
-        shutil.rmtree(aside, ignore_errors=True)
         try:
+            if final.exists():
+                return False, None
+            shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         except OSError as error:
             return False, RunFolderError(f"the checkpoint {final} could not be written: {error}")
@@ -262,16 +258,16 @@ class RunFolder:
                 return lost
             time.sleep(0.05)
 
-    def _complete(self, final: Path, snapshot: Snapshot, best: int | None, lost: list[Any]) -> None:
-        """Make a checkpoint of the parts; `lost`: why a rank's part is not there, by rank."""
+    def _complete(self, final: Path, snapshot: Snapshot, best: int | None, told: Callable[[], list[Any]]) -> None:
+        """Make a checkpoint of the parts; `told()`: why a rank's part is not there, by rank."""
         aside = _aside(final)
         try:
-            if self.ranks.world == 1:
-                if lost[0] is not None:
-                    raise lost[0]
-            else:
-                if any(lost):
-                    raise OSError("; ".join(f"rank {rank}: {why}" for rank, why in enumerate(lost) if why))
+            lost = {rank: why for rank, why in enumerate(told()) if why is not None}
+            if self.ranks.world > 1 and lost:
+                raise OSError("; ".join(f"rank {rank}: {why}" for rank, why in lost.items()))
+            if lost:
+                raise lost[0]
+            if self.ranks.world > 1:
                 snapshot.write_state(aside)
             _flush(aside)
             aside.rename(final)

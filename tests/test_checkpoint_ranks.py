@@ -30,7 +30,15 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint as checkpoint_module
 import run_folder
-from checkpoint import CheckpointError, LoopState, Snapshot, random_states, read_checkpoint, shard_names
+from checkpoint import (
+    CheckpointError,
+    LoopState,
+    Snapshot,
+    random_states,
+    read_checkpoint,
+    set_random_states,
+    shard_names,
+)
 from loop_control import Progress
 from optimizer import MasterAdamW
 from ranks import Ranks
@@ -366,6 +374,26 @@ def test_other_ranks_begin_random_numbers_anew(world, tp, tmp_path):
     seed(5)
     read_checkpoint(tmp_path / "a").restore_random(Ranks(0, world, tp))
     assert draw() == drawn[0], "the same again"
+
+
+def test_a_rank_keeps_the_numbers_of_its_own_gpu_alone(monkeypatch):
+    """Asking another GPU for them would take memory there, one context a rank."""
+    states, used = [torch.arange(4).byte(), torch.arange(4).byte() + 1], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: states)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device="cuda": states[1])
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda state, device="cuda": used.append((device, state[0].item()))
+    )
+    plain, tensors = random_states(Ranks(1, 2))
+    assert set(tensors) == {"cpu", "cuda"}
+    set_random_states(plain, tensors)
+    assert used == [("cuda", 1)]
+    plain, tensors = random_states()
+    assert set(tensors) == {"cpu", "cuda:0", "cuda:1"}
+    set_random_states(plain, tensors)
+    assert used[1:] == [(0, 0), (1, 1)]
 
 
 # ---- the run folder
