@@ -136,12 +136,14 @@ class Args:
     """vLLM's scheduler with a short way for steps that only decode (fast_scheduler.py): a tenth of its Python a token,
     which is what limits small models. A vLLM that it does not know runs its own, after a warning."""
 
-    tis_cap: float | None = DEFAULT_TIS_CAP
-    """Truncated importance sampling: weights pi_old/mu are cut at this value. inf never cuts, None turns them off."""
+    tis_cap: float | Literal["auto"] | None = "auto"
+    """Truncated importance sampling: weights pi_old/mu are cut at this value. inf never cuts, None turns them off, auto
+    is 2 where --correction has a cap."""
     correction: Literal[
         "none", "token-tis", "sequence-tis", "token-is", "token-mask", "sequence-mask", "geometric-mask", "ppo-is"
     ] = "token-tis"
-    """How the loss corrects the gap between sampler and trainer (corrections.py); --tis-cap is for the two with tis."""
+    """How the loss corrects the gap between sampler and trainer (corrections.py); --tis-cap is for the two with tis. A
+    token that a mask takes out has weight 0 and stays in the loss's denominator."""
     mask_low: float | None = None
     """Lower end of the band of a mask. None: 0.5 for token-mask, 0 for sequence-mask, 0.98 for geometric-mask."""
     mask_high: float | None = None
@@ -242,11 +244,18 @@ class Args:
     @property
     def gap_correction(self) -> Correction:
         """--correction with its thresholds; --tis-cap None turns a capped one off. Raises ValueError."""
-        capped = self.correction in CORRECTIONS and CORRECTIONS[self.correction].cap
-        if capped and self.tis_cap is None:
+        cap = self._cap()
+        if self._has_cap() and cap is None:
             return Correction("none", None, self.mask_low, self.mask_high)
-        cap = self.tis_cap if capped or self.tis_cap != DEFAULT_TIS_CAP else None
         return Correction(self.correction, cap, self.mask_low, self.mask_high)
+
+    def _has_cap(self) -> bool:
+        return self.correction in CORRECTIONS and CORRECTIONS[self.correction].cap
+
+    def _cap(self) -> float | None:
+        if self.tis_cap != "auto":
+            return self.tis_cap
+        return DEFAULT_TIS_CAP if self._has_cap() else None
 
     @property
     def memory_bytes(self) -> int | None:
@@ -255,7 +264,7 @@ class Args:
     def resolved(self) -> "Args":
         """With every None that depends on the model filled in, and every value checked. Raises ConfigError."""
         defaults = TINY_DEFAULTS if Path(self.model).resolve() == Path(TINY_MODEL) else REAL_DEFAULTS
-        unset = {k: v for k, v in defaults.items() if getattr(self, k) is None}
+        unset = {k: v for k, v in defaults.items() if getattr(self, k) is None} | {"tis_cap": self._cap()}
         args = dataclasses.replace(self, **unset)
         args._check()
         return args

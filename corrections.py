@@ -16,8 +16,11 @@ and g = exp(mean of them):
 
 All but the last are decoupled (three policies: mu, pi_old and pi_theta; Hilton et al., arXiv 2110.00641): they weight
 the loss from outside, the clip keeps pi_theta near pi_old. ppo-is is the direct form (two policies): it clips the gap
-itself, and needs no pi_old at all. A token that is masked keeps its place in the loss's denominator, as in IcePop's
-equation.
+itself, and needs no pi_old at all.
+
+A token that a band takes out has the weight 0; it is not taken out of `mask`, so it keeps its place in the loss's
+denominator, as in IcePop's equation. (verl and slime take it out of the denominator too: the same gradient, divided by
+the share that is left.) If a band takes out every token, the update has gradient zero and is still made.
 """
 
 import math

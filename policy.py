@@ -307,14 +307,18 @@ class Policy:
     def _state_spans(self) -> dict[str, tuple[int, int]]:
         """(first row, rows of the whole) of each tensor of `optimizer_state`; none where the policy is not sharded."""
         kinds = ("master", "first", "second")
-        return {f"{kind}.{name}": span for name, span in self._spans.items() for kind in kinds}
+        return {f"{kind}.{name}": rows for name, rows in self._spans.items() for kind in kinds}
+
+    @torch.no_grad()
+    def load_masters(self) -> None:
+        """The weights become what the master weights round to."""
+        for weight, master in zip(self._weights, self.optimizer.masters, strict=True):
+            weight.copy_(master)
 
     def load_training(self, checkpoint: Checkpoint) -> None:
         """Master weights, moments and counters of a checkpoint, and the bf16 weights that they round to."""
         checkpoint.load_optimizer(self.optimizer_state(), self._state_spans())
-        with torch.no_grad():  # a checkpoint of adapters has its weights only here
-            for weight, master in zip(self._weights, self.optimizer.masters, strict=True):
-                weight.copy_(master)
+        self.load_masters()  # a checkpoint of adapters has its weights only here
         numbers = checkpoint.loop.policy
         self.updates, self.skipped = numbers["updates"], numbers["skipped"]
         self.optimizer.set_updates(numbers["optimizer_updates"])

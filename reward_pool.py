@@ -133,6 +133,12 @@ class RewardPool:
         self.calls += 1
         self._pump(0.0)
 
+    def poll(self) -> None:
+        """Hand waiting work to workers that have become idle, without waiting: called again and again while the engine
+        generates, so that a worker does not rest until the next group ends."""
+        if self._outstanding > len(self._done):
+            self._pump(0.0)
+
     def collect(self) -> dict[Hashable, float]:
         """key -> reward of everything submitted since the last call."""
         while len(self._done) < self._outstanding:

@@ -121,6 +121,7 @@ class Engine:
         self.asleep = False
         self.ranks = ranks or Ranks()
         self.before_step: Callable[[], None] = lambda: None  # called while generating; what it raises ends that
+        self.meanwhile: Callable[[], None] = lambda: None  # called while generating: other work that must not wait
         self._tokenizer = tokenizer
         self._sampling_params = vllm.SamplingParams
         state = torch.random.get_rng_state()
@@ -282,6 +283,7 @@ class Engine:
                 raise EngineError(f"vLLM refuses a prompt: {_reason(error)}; look at --data and --model") from error
             index = {name.partition("-")[0]: i for i, name in enumerate(names)}  # vLLM's own ids: 17-5d21c3e9
             while self.llm.llm_engine.has_unfinished_requests():
+                self.meanwhile()
                 if self.ranks.tp == 1:  # ranks that hold one engine together end a round together
                     self.before_step()
                 for output in self.llm.llm_engine.step():

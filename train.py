@@ -106,7 +106,7 @@ def train(args: Args, ranks: Ranks | None = None) -> Path:
     print(f"run folder {run.path}", flush=True)
     alarms = Alarms(args.alarms)
     progress = Progress(run, policy, tokenizer, stream, rewards, alarms)
-    engine.before_step = stop.check
+    engine.before_step, engine.meanwhile = stop.check, rewards.poll
     ranks.watch(lambda: how_to_go_on(run))
     page = reported(run.path) if ranks.first else nullcontext()
     with page, rewards, stop.watching(), saved_on_failure(progress, run, ranks):

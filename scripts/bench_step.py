@@ -234,9 +234,9 @@ class DeviceMemory:
             self._read()
 
 
-def run_timed(command: Sequence[str], log: Path, steps: int) -> Timed:
-    """Run `command`, its output to `log`, and note when each of its step lines comes. Raises BenchError if it fails,
-    OutOfMemory if that is why."""
+def run_timed(command: Sequence[str], log: Path, steps: int, to_the_end: bool = True) -> Timed:
+    """Run `command`, its output to `log`, and note when each of its step lines comes. Without `to_the_end` it is killed
+    after the last of them. Raises BenchError if it fails, OutOfMemory if that is why."""
     print(f"{shlex.join(command)}\n  log: {log}", flush=True)
     ends: list[float] = []
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
@@ -251,7 +251,9 @@ def run_timed(command: Sequence[str], log: Path, steps: int) -> Timed:
                     print(f"  {line.rstrip()}", flush=True)
                 sink.write(line)
                 sink.flush()
-            status = process.wait()
+                if not to_the_end and len(ends) == steps:
+                    break
+            status = process.wait() if to_the_end or len(ends) < steps else 0
         finally:
             process.kill()
             process.wait()
@@ -283,8 +285,7 @@ def run_train(
     run = folder / "runs" / f"{work.name}-{quant}"
     shutil.rmtree(run, ignore_errors=True)  # of an earlier run in the same --work
     command = train_command(work, quant, run.parent, flags)
-    timed = run_timed(command, folder / f"{work.name}-{quant}.log", work.steps)
-    shutil.rmtree(run / "checkpoints")
+    timed = run_timed(command, folder / f"{work.name}-{quant}.log", work.steps, to_the_end=False)  # no checkpoint
     return {"command": shlex.join(command[1:])} | figures(work, timed, run, peak_tflops)
 
 

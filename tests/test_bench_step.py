@@ -123,6 +123,12 @@ def test_step_lines_are_timed_and_failures_show_the_log(tmp_path):
     lines = "import sys, time\nfor i in (1, 2):\n    print(f'step {i}/2 | x')\n    time.sleep(0.2)\n"
     timed = bench_step.run_timed([sys.executable, "-c", lines], tmp_path / "log", 2)
     assert len(timed.step_ends) == 2 and 0.15 < timed.step_seconds[0] < 5
+    for to_the_end in (True, False):  # what comes after the last step can be left out
+        after = tmp_path / f"after-{to_the_end}"
+        bench_step.run_timed(
+            [sys.executable, "-c", f"{lines}open({str(after)!r}, 'w')"], tmp_path / "log", 2, to_the_end
+        )
+        assert after.exists() == to_the_end
     with pytest.raises(BenchError, match=r"status 0 after 2 of 3 steps[\s\S]*step 2/2"):
         bench_step.run_timed([sys.executable, "-c", lines], tmp_path / "log", 3)
     with pytest.raises(BenchError, match=r"status 1[\s\S]*ZeroDivisionError"):

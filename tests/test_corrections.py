@@ -122,6 +122,16 @@ def test_a_huge_gap_stays_finite():
         assert weights(Correction(name), ratios).is_weights.isfinite().all()
 
 
+def test_a_token_that_a_band_takes_out_stays_in_the_denominator():
+    """Three tokens of advantage 1, the second beyond the band: two terms of -1, divided by 3, not by 2."""
+    old = torch.tensor([0.0, 2.0, 0.0])
+    mask, ones = torch.ones(3, dtype=torch.bool), torch.ones(3)
+    arguments = (old, old, torch.zeros(3), ones, mask, 3, 0.2, 0.28, None)
+    value, sums = loss.policy_loss(*arguments, Correction("token-mask"), torch.tensor([3]))
+    assert float(value) == pytest.approx(-2 / 3)
+    assert (int(sums["tokens"]), int(sums["is_masked"])) == (3, 1)
+
+
 def test_sequence_sums_of_empty_sequences_are_zero():
     sums = sequence_sums(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 2, 0, 1, 0]))
     assert sums.tolist() == [0, 3, 0, 4, 0]
@@ -171,6 +181,11 @@ def test_flags_make_the_correction(flags, expected):
     ("flags", "words"),
     [
         ({"correction": "token-mask", "tis_cap": 4.0}, "--tis-cap 4.0 has no meaning"),
+        (
+            {"correction": "none", "tis_cap": 2.0},
+            "--tis-cap 2.0 has no meaning",
+        ),  # the default's value too
+        ({"correction": "ppo-is", "tis_cap": 2.0}, "--tis-cap 2.0 has no meaning"),
         ({"tis_cap": None, "mask_low": 0.5}, "--mask-low 0.5 has no meaning"),
         ({"correction": "mis"}, "--correction mis is not known"),
         ({"advantage": "gae"}, "--advantage gae is not known; there are grpo"),

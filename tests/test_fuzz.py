@@ -341,7 +341,9 @@ def values(kind) -> st.SearchStrategy:
         return st.sampled_from(typing.get_args(kind))
     options = {int: st.integers(-(10**6), 10**12), float: st.floats(allow_nan=False), str: WORDS, bool: st.booleans()}
     parts = typing.get_args(kind) or (kind,)
-    return st.one_of([st.none() if part is type(None) else options[part] for part in parts])
+    return st.one_of(
+        [st.none() if part is type(None) else options[part] if part in options else values(part) for part in parts]
+    )
 
 
 any_args = st.builds(Args, **{name: values(kind) for name, kind in TYPES.items()})
@@ -349,7 +351,7 @@ RANGES = {  # of flags that work, whatever the others are
     "chat_template_kwargs": st.dictionaries(WORDS, st.none() | st.booleans() | WORDS, max_size=2).map(json.dumps),
     "top_p": st.just(1.0),
     "top_k": st.just(0),
-    "tis_cap": st.just(2.0),  # other values are for some corrections only
+    "tis_cap": st.just("auto"),  # numbers are for some corrections only
     "mask_low": st.none(),
     "mask_high": st.none(),
     "dual_clip": st.none() | st.floats(1.001, 100),

@@ -32,6 +32,8 @@ def score(completion, answer, row):
         return float("HF_TOKEN" in os.environ or "WANDB_API_KEY" in os.environ)
     if completion == "torch":
         return float("torch" in sys.modules)
+    if completion == "slow":
+        time.sleep(0.1)
     if completion == "row":
         return float(row["when"].year)
     print("a reward may print")
@@ -53,6 +55,20 @@ def scored(pool, *completions):
     for i, completion in enumerate(completions):
         pool.submit(i, example(i), completion)
     return [reward for _, reward in sorted(pool.collect().items())]
+
+
+def test_polling_keeps_the_workers_busy_while_the_engine_generates(spec):
+    """Twenty rewards of 0.1 s on two workers take 1 s. A loop that only polls meanwhile leaves nothing to wait for."""
+    with RewardPool(spec, 2, 5.0) as pool:
+        for i in range(20):
+            pool.submit(i, example(i), "slow")
+        end = time.monotonic() + 30
+        while len(pool._done) < 20 and time.monotonic() < end:
+            pool.poll()
+            time.sleep(0.005)
+        assert len(pool._done) == 20
+        assert pool.collect() == {i: 0.4 for i in range(20)}
+        pool.poll()  # nothing is outstanding
 
 
 def test_results_come_by_key_and_once():

@@ -1,0 +1,65 @@
+"""One step on several ranks is the step of one: real processes, gloo, small fp32 models (tests/sharded_step.py).
+
+fp32 tolerance: sums over ranks and micro-batches have another order.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = Path(__file__).with_name("sharded_step.py")
+CASES = ["qwen2", "qwen3", "llama", "recomputed", "updates", "sequence-tis", "offloaded", "bf16-moments", "lora", "few",
+         "clipped"]  # fmt: skip
+
+
+def run_ranks(world: int, *arguments: str, timeout: float = 300) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        env = os.environ | {k: str(v) for k, v in place.items()}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(PROGRAM), *arguments]
+        processes.append(subprocess.Popen(command, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True))
+    ends = [p.communicate(timeout=timeout)[1] for p in processes]
+    assert [p.returncode for p in processes] == [0] * world, "\n".join(ends)[-4000:]
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    """world -> case -> what tests/sharded_step.py wrote."""
+    folder, found = tmp_path_factory.mktemp("steps"), {}
+    for world in (1, 2, 4):
+        run_ranks(world, str(folder / f"{world}.pt"), *CASES)
+        found[world] = torch.load(folder / f"{world}.pt", weights_only=False)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_step_of_several_ranks_is_the_step_of_one(steps, world, case):
+    found, expected = steps[world][case], steps[1][case]
+    assert found["metrics"].keys() == expected["metrics"].keys()
+    for key, value in expected["metrics"].items():
+        assert found["metrics"][key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+    assert expected["metrics"]["train/updates_applied"] == (3 if case == "updates" else 1)
+    assert expected["metrics"]["train/grad_norm"] > 1e-3
+    assert found["gradients"].keys() == expected["gradients"].keys()
+    for name, gradient in expected["gradients"].items():
+        torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    assert found["weights"].keys() == expected["weights"].keys()
+    for name, weight in expected["weights"].items():
+        # Adam's first update is the gradient's sign: where a gradient is zero but for rounding, it may be either.
+        off = (found["weights"][name] - weight).abs() > 2e-5
+        assert off.float().mean() < 0.01, name
+    assert found["floor"] < 1e-5 and expected["floor"] < 1e-5
+    for a, b in zip(found["logged"], expected["logged"], strict=True):
+        assert len(a) == len(b) > 0 and a == pytest.approx(b, abs=1e-4)
