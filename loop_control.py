@@ -148,20 +148,33 @@ class Progress:
 
     def finished(self, step: int, **changes: Any) -> None:
         """Step `step` has ended; `changes` are fields of LoopState."""
-        plain, self._random = random_states()
+        plain, self._random = random_states(self._run.ranks)
         self.loop = dataclasses.replace(
-            self.loop, step=step, stream=self._stream.state_dict(), rewards=self._rewards.counts(),
+            self.loop, step=step, stream=self._stream.state_dict(), rewards=self._counts(),
             alarms=copy.deepcopy(self._alarms.state), policy=self._policy.numbers(), random=plain, **changes,
         )  # fmt: skip
 
+    def _counts(self) -> dict[str, int]:
+        """Of all engines' rewards."""
+        ranks = self._run.ranks
+        counts = ranks.gather(self._rewards.counts())[:: ranks.tp]
+        return {name: sum(c[name] for c in counts) for name in counts[0]}
+
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on from it; the policy and its optimizer have their part already. Raises CheckpointError, DataError."""
+        ranks = self._run.ranks
         self.loop = checkpoint.loop
         self._stream.load_state_dict(self.loop.stream)
-        self._rewards.set_counts(self.loop.rewards)
+        self._rewards.set_counts({name: n if ranks.first else 0 for name, n in self.loop.rewards.items()})
         self._alarms.state = copy.deepcopy(self.loop.alarms)
-        checkpoint.restore_random()
-        _, self._random = random_states()
+        if not checkpoint.restore_random(ranks):
+            message = (
+                f"a checkpoint of {_who(checkpoint.world, checkpoint.tp)} goes on as {_who(ranks.world, ranks.tp)}: "
+                "the policy is the same, sampling goes on with new random numbers"
+            )
+            print(message, flush=True)
+            self._run.log_event({"step": self.loop.step, "event": "other_ranks", "message": message})
+        _, self._random = random_states(ranks)
 
     def ahead(self) -> bool:
         """True if the policy was updated since the last finished step."""
@@ -173,3 +186,7 @@ class Progress:
             self.finished(self.loop.step + 1)
         snapshot = self._policy.snapshot(self._tokenizer, self.loop, self._random)
         return self._run.save_checkpoint(self.loop.step, snapshot, wait, self.loop.best_step)
+
+
+def _who(world: int, tp: int) -> str:
+    return f"{world} rank{'s' if world > 1 else ''}" + (f" (--tp {tp})" if tp > 1 else "")

