@@ -109,7 +109,8 @@ def sources(model: torch.nn.Module) -> dict[str, torch.Tensor | Source]:
 
 @torch.no_grad()
 def merged_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name without adapters, weight), merged as the sync does it, one at a time."""
+    """(name without adapters, weight), merged as the sync does it, one at a time. Of a sharded model every rank must
+    take all of them."""
     device = next(model.parameters()).device
     for name, value in sources(model).items():
-        yield name, value.read(device) if isinstance(value, Source) else value.detach()
+        yield name, Source.of(name, value, device).read(device)

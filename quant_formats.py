@@ -45,19 +45,24 @@ class SyncError(RuntimeError):
     """The plan cannot be built, or the engine does not hold the policy's weights."""
 
 
+Agree = Callable[[torch.Tensor], None]
+
+
 @dataclass(frozen=True)
 class Format:
     """One line of the table above.
 
     Attributes:
         scale_rows: rows of the weight that share a row of the scale; 0: one scale for all of them.
-        scales: sources, each [O_i, I], stacked along O -> fp32 in the engine's shape.
+        scales: (sources, each [O_i, I], stacked along O; None or what makes one of several ranks' amax) -> fp32 in the
+            engine's shape. The latter (tensor_parallel.shared_amax) takes int32 in place, bits of positive floats:
+            their order is that of the numbers, with NaN above all.
         quantize: (rows [R, I], their scale) -> [R, I] of the engine's dtype.
     """
 
     name: str
     scale_rows: int
-    scales: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    scales: Callable[[Sequence[torch.Tensor], "Agree | None"], torch.Tensor]
     quantize: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
     def scale_of(self, scale: torch.Tensor, start: int, stop: int) -> torch.Tensor:
@@ -71,8 +76,19 @@ def _divide(x: torch.Tensor, number: float) -> torch.Tensor:
 
 
 def _amax(x: torch.Tensor, dim: int | tuple[int, ...] | None = None) -> torch.Tensor:
-    """max |x| in fp32, without an fp32 copy of x; NaN if there is one."""
+    """max |x| in fp32, without an fp32 copy of x; NaN if there is one. Of nothing it is 0: a rank may have no row of a
+    vocabulary."""
+    if dim is None and not x.numel():
+        return torch.zeros((), dtype=torch.float32, device=x.device)
     return torch.linalg.vector_norm(x, ord=math.inf, dim=dim, dtype=torch.float32)
+
+
+def _agreed(amax: torch.Tensor, agree: Agree | None) -> torch.Tensor:
+    if agree is None:
+        return amax
+    bits = amax.contiguous().view(torch.int32) & 0x7FFFFFFF
+    agree(bits)
+    return bits.view(torch.float32)
 
 
 def _to_e4m3(x: torch.Tensor) -> torch.Tensor:
@@ -81,16 +97,16 @@ def _to_e4m3(x: torch.Tensor) -> torch.Tensor:
     return torch.fmax(torch.fmin(x, limit), -limit).to(torch.float8_e4m3fn)
 
 
-def _tensor_scales(weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    return _divide(torch.stack([_amax(w) for w in weights]).amax().reshape(1), E4M3_MAX)
+def _tensor_scales(weights: Sequence[torch.Tensor], agree: Agree | None = None) -> torch.Tensor:
+    return _divide(_agreed(torch.stack([_amax(w) for w in weights]).amax().reshape(1), agree), E4M3_MAX)
 
 
 def _quantize_tensor(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return _to_e4m3(rows.float() * (torch.ones_like(scale) / scale))
 
 
-def _channel_scales(weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    scale = _divide(torch.cat([_amax(w, 1) for w in weights])[:, None], E4M3_MAX)
+def _channel_scales(weights: Sequence[torch.Tensor], agree: Agree | None = None) -> torch.Tensor:
+    scale = _divide(_agreed(torch.cat([_amax(w, 1) for w in weights]), agree)[:, None], E4M3_MAX)
     return torch.where(scale < CHANNEL_SCALE_MIN, CHANNEL_SCALE_MIN, scale)
 
 
@@ -98,7 +114,7 @@ def _quantize_channel(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return _to_e4m3(rows.float() / scale)
 
 
-def _block_scales(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+def _block_scales(weights: Sequence[torch.Tensor], agree: Agree | None = None) -> torch.Tensor:
     parts = []
     for w in weights:
         pad = (0, -w.shape[1] % BLOCK, 0, -w.shape[0] % BLOCK)
@@ -120,7 +136,7 @@ def _quantize_block(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return _to_e4m3(rows.float() * inverse)
 
 
-def _int8_scales(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+def _int8_scales(weights: Sequence[torch.Tensor], agree: Agree | None = None) -> torch.Tensor:
     return _divide(torch.cat([_amax(w, 1) for w in weights])[:, None], INT8_MAX)
 
 
@@ -131,7 +147,7 @@ def _quantize_int8(rows: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (rows.float() * inverse).nan_to_num(0.0).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
 
 
-COPY = Format("copy", 0, lambda weights: weights[0].new_empty(0), lambda rows, scale: rows)
+COPY = Format("copy", 0, lambda weights, agree: weights[0].new_empty(0), lambda rows, scale: rows)
 FP8_TENSOR = Format("fp8_tensor", 0, _tensor_scales, _quantize_tensor)
 FP8_CHANNEL = Format("fp8_channel", 1, _channel_scales, _quantize_channel)
 FP8_BLOCK = Format("fp8_block", BLOCK, _block_scales, _quantize_block)
@@ -180,12 +196,18 @@ def pieces(weight: torch.Tensor, fmt: Format) -> Iterable[tuple[int, int]]:
         yield start, min(start + step, weight.shape[0])
 
 
-def write(fmt: Format, dest: torch.Tensor, scale: torch.Tensor | None, weights: Sequence[torch.Tensor]) -> bool:
+def write(
+    fmt: Format,
+    dest: torch.Tensor,
+    scale: torch.Tensor | None,
+    weights: Sequence[torch.Tensor],
+    agree: Agree | None = None,
+) -> bool:
     """Quantize `weights`, stacked along O, into an engine's `dest` and `scale`; the rows beyond them become zero.
 
-    Returns whether all weights are finite.
+    Returns whether all weights are finite. With `agree` (Format.scales) a collective, as are `check` and `agrees`.
     """
-    scales = fmt.scales(weights)
+    scales = fmt.scales(weights, agree)
     if scale is not None:
         scale.copy_(scales.view_as(scale))
     offset = 0
@@ -199,16 +221,20 @@ def write(fmt: Format, dest: torch.Tensor, scale: torch.Tensor | None, weights: 
 
 
 def check(
-    fmt: Format, dest: torch.Tensor, scale: torch.Tensor | None, weights: Mapping[str, torch.Tensor]
+    fmt: Format,
+    dest: torch.Tensor,
+    scale: torch.Tensor | None,
+    weights: Mapping[str, torch.Tensor],
+    agree: Agree | None = None,
 ) -> str | None:
     """What is wrong with `dest` and `scale` as the image of `weights` (name -> tensor); None if nothing.
 
     Byte for byte: a tolerance of one rounding error would let a stale layer pass at a small learning rate.
     """
+    scales = fmt.scales(list(weights.values()), agree)  # before the first return: other ranks take part in it
     for name, weight in weights.items():
         if not _amax(weight).isfinite():
             return f"the policy's {name} is not finite"
-    scales = fmt.scales(list(weights.values()))
     if scale is not None:
         held = scale.view_as(scales)
         if not torch.equal(held, scales):
@@ -239,12 +265,13 @@ def agrees(
     weights: Sequence[torch.Tensor],
     turn: int,
     every: int,
+    agree: Agree | None = None,
 ) -> bool:
     """The cheap half of the proof: one row of the weights in `every` (of blocks one row of blocks), another one each
     `turn`, with its scale. A scale for a whole matrix is taken as the engine holds it: whether it is the policy's is
     what `check` knows."""
     unit = max(fmt.scale_rows, 1)
-    offset = 0
+    offset, same = 0, True  # no early return: with `agree` other ranks take part to the end
     for weight in weights:
         held, first = dest[offset : offset + weight.shape[0]], turn % every * unit
         spans = [slice(first, None, every)]
@@ -255,16 +282,14 @@ def agrees(
             if rows.shape[0] and fmt.scale_rows:
                 entries = scale[offset // unit : -(-(offset + weight.shape[0]) // unit)]
                 entries = entries[span] if unit == 1 else entries[span.start // unit : span.start // unit + 1]
-                wanted = fmt.scales([rows])
-                if not torch.equal(entries, wanted):
-                    return False
+                wanted = fmt.scales([rows], agree)
+                same = same and torch.equal(entries, wanted)
                 rows = fmt.quantize(rows, wanted)
             elif rows.shape[0] and scale is not None:
                 rows = fmt.quantize(rows, scale)
-            if not torch.equal(_bits(held[span]), _bits(rows)):
-                return False
+            same = same and torch.equal(_bits(held[span]), _bits(rows))
         offset += weight.shape[0]
-    return True
+    return same
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:

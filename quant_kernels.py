@@ -361,12 +361,15 @@ class Sweep:
         groups: in how many groups the items are.
         flags: int32 (2,) on the device, shared by sweeps: [0] counts what write() found not finite, [1] what check()
             found different.
+        agree: what makes one of several ranks' amax of FP8_TENSOR's matrices, in place (tensor_parallel.shared_amax);
+            a matrix of which every rank has the whole has one already.
 
-    `write` and `check` only launch: they allocate nothing, wait for nothing, and can be captured in a CUDA graph.
+    `write` and `check` only launch: they allocate nothing, wait for nothing, and can be captured in a CUDA graph
+    (without `agree`, which is a collective).
     """
 
-    def __init__(self, items: Sequence[Item], groups: int, flags: torch.Tensor):
-        self._items = items  # the table holds their addresses
+    def __init__(self, items: Sequence[Item], groups: int, flags: torch.Tensor, agree: formats.Agree | None = None):
+        self._items, self._agree = items, agree  # the table holds their addresses
         self._not_finite, self._different = flags[0:1], flags[1:2]
         ordered = sorted(items, key=lambda i: (_Kernel.of(i), i.fmt is formats.COPY, i.group))
         matrices = [i for i in ordered if i.fmt is formats.FP8_TENSOR]
@@ -423,12 +426,14 @@ class Sweep:
             )
 
     def _find_amax(self, amax: torch.Tensor, low: int, high: int) -> None:
-        """Of matrices low..high."""
+        """Of matrices low..high, as bits of bf16 in int32."""
         first, stop = self._ends[low], self._ends[high]
         aligned = next(a for k, a, *_ in self._launches if k.name == "flat")
         _amax_kernel[(stop - first,)](
             self._tiles, self._segments, amax, first, TILE=FLAT_TILE, ALIGNED=aligned, num_warps=4
         )
+        if self._agree is not None:
+            self._agree(amax[low:high])
 
     def _launch(
         self, kernel: _Kernel, aligned: bool, first: int, stop: int, stride: int, flag: torch.Tensor,

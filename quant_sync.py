@@ -12,19 +12,26 @@ done by the Triton kernels of quant_kernels.py, all parameters in a few launches
 Sources. Policy tensors on the engine's device are read where they are. Others (pinned host memory, LoRA, shards) are
 first laid into a staging buffer, a group of parameters at a time, on a stream of their own: while one group is
 quantized, the next one arrives.
+
+Ranks. Each rank has a plan for its own engine, or its own part of one (tensor_parallel.py). Shards are gathered by all
+of them, so all build plans of the same models, call the same methods in the same order, and stage the same sources in
+the same order whatever they find: what one rank finds wrong is told to the others before any raises.
 """
 
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 
 import torch
 
 import quant_formats as formats
-from quant_formats import COPY, Format, SyncError, read_format
-from weight_sources import Source, Watch
+from quant_formats import COPY, Agree, Format, SyncError, read_format
+from ranks import Ranks
+from tensor_parallel import cuts_of, shared_amax
+from weight_sources import Source, Watch, is_sharded, local
 
 VERIFY_EVERY = 32  # verify() compares one piece of the engine's weights in this many, other ones each time
 STAGING_BYTES = 256 << 20  # of one of the two staging buffers; a parameter that is larger enlarges them
@@ -32,6 +39,8 @@ STAGING_BYTES = 256 << 20  # of one of the two staging buffers; a parameter that
 # Scales of the KV cache, where vLLM keeps them as parameters: load_format "dummy" fills them with noise, sleep level 2
 # drops them, and the policy knows nothing of them. Without calibration they are 1.
 CONSTANTS = ("attn._q_scale", "attn._k_scale", "attn._v_scale", "attn._prob_scale")
+
+ALONE = Ranks()
 
 FAMILIES = "The families that are mapped are Qwen2, Qwen3 and Llama"
 
@@ -44,19 +53,24 @@ class Row:
     format: Format
     dest: torch.Tensor  # [O, I] or [O] view of the engine's own memory, rows in the order of `sources`
     scale: torch.Tensor | None  # fp32, the engine's own memory
-    sources: tuple[Source, ...]  # stacked along O
+    sources: tuple[Source, ...]  # their parts are stacked along O
+    agree: Agree | None = None  # makes one of the amax that each rank has of its part of the weight
 
     @property
     def resident(self) -> bool:
-        return all(s.tensor is not None for s in self.sources)
+        return all(s.tensor is not None and not s.cut_by_columns for s in self.sources)
 
     @property
     def staged_bytes(self) -> int:
-        return sum(_aligned(math.prod(s.shape) * s.dtype.itemsize) for s in self.sources if s.tensor is None)
+        """The same on every rank, though the last one may hold less of a vocabulary."""
+        whole = sum(_aligned(math.prod(s.shape) * s.dtype.itemsize) for s in self.sources if s.tensor is None)
+        columns = (s for s in self.sources if s.cut_by_columns)
+        return whole + sum(_aligned(math.prod(s.part_shape) * s.dtype.itemsize) for s in columns)
 
 
 class _Wave:
-    """Some rows with all their weights on the device at once: `stage` lays the missing ones into `buffer`.
+    """Some rows with all their weights on the device at once: `stage` lays the missing ones into `buffer`, whole, and
+    beside them parts that are cut by columns, since the kernels read dense rows.
 
     `groups[i]` says in which turn rows[i]'s scale is compared with the policy, not only its bytes with the scale.
     """
@@ -64,17 +78,27 @@ class _Wave:
     def __init__(self, rows: Sequence[Row], groups: Sequence[int], flags: torch.Tensor, buffer: torch.Tensor | None):
         self.rows, self.groups, self._flags = rows, groups, flags
         self.weights: list[dict[str, torch.Tensor]] = []
-        self._fills: list[tuple[Callable[[torch.Tensor], None], torch.Tensor]] = []
+        self._fills: list[Callable[[], object]] = []
         offset = 0
+
+        def take(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+            nonlocal offset
+            start, size = offset, math.prod(shape) * dtype.itemsize
+            offset += _aligned(size)
+            return buffer[start : start + size].view(dtype).view(shape)
+
         for row in rows:
             found = {}
             for source in row.sources:
-                found[source.name] = source.tensor
-                if source.tensor is None:
-                    size = math.prod(source.shape) * source.dtype.itemsize
-                    found[source.name] = buffer[offset : offset + size].view(source.dtype).view(source.shape)
-                    self._fills.append((source.fill, found[source.name]))
-                    offset += _aligned(size)
+                whole = source.tensor
+                if whole is None:
+                    whole = take(source.shape, source.dtype)
+                    self._fills.append(partial(source.fill, whole))
+                found[source.name] = source.part(whole)
+                if source.cut_by_columns:
+                    dense = take(source.part_shape, source.dtype)
+                    self._fills.append(partial(dense.copy_, found[source.name]))
+                    found[source.name] = dense
             self.weights.append(found)
         self._sweep = None
         if flags.is_cuda:
@@ -86,11 +110,11 @@ class _Wave:
                 else Item(r.format, _as_int16(r.dest), None, tuple(map(_as_int16, w.values())), g, bf16=False)
                 for r, w, g in zip(rows, self.weights, groups, strict=True)
             ]
-            self._sweep = Sweep(items, VERIFY_EVERY, flags)
+            self._sweep = Sweep(items, VERIFY_EVERY, flags, next((r.agree for r in rows if r.agree), None))
 
     def stage(self) -> None:
-        for fill, out in self._fills:
-            fill(out)
+        for fill in self._fills:
+            fill()
 
     def write(self) -> None:
         """Into the engine; on a GPU without waiting."""
@@ -98,7 +122,7 @@ class _Wave:
             self._sweep.write()
             return
         for row, weights in zip(self.rows, self.weights, strict=True):
-            self._flags[0] += not formats.write(row.format, row.dest, row.scale, list(weights.values()))
+            self._flags[0] += not formats.write(row.format, row.dest, row.scale, list(weights.values()), row.agree)
 
     def check(self, turn: int, every: int) -> None:
         """Count what differs; on a GPU without waiting."""
@@ -107,16 +131,16 @@ class _Wave:
             return
         for row, weights, group in zip(self.rows, self.weights, self.groups, strict=True):
             if every == 1 or group == turn % every:
-                self._flags[1] += formats.check(row.format, row.dest, row.scale, weights) is not None
+                self._flags[1] += formats.check(row.format, row.dest, row.scale, weights, row.agree) is not None
             else:
-                part = (row.format, row.dest, row.scale, list(weights.values()), turn, every)
+                part = (row.format, row.dest, row.scale, list(weights.values()), turn, every, row.agree)
                 self._flags[1] += not formats.agrees(*part)
 
     def diagnose(self) -> list[str]:
         """What is wrong, by name: slow, and only for the message."""
         found = []
         for row, weights in zip(self.rows, self.weights, strict=True):
-            if what := formats.check(row.format, row.dest, row.scale, weights):
+            if what := formats.check(row.format, row.dest, row.scale, weights, row.agree):
                 found.append(f"{row.name}: {what}")
         return found
 
@@ -131,12 +155,13 @@ class SyncPlan:
         bytes_held: device memory of the plan itself: tables, and staging buffers where there are such sources.
     """
 
-    def __init__(self, rows: list[Row], engine_model: torch.nn.Module, policy_watch: Watch):
-        self.rows = rows
+    def __init__(self, rows: list[Row], engine_model: torch.nn.Module, policy_watch: Watch, ranks: Ranks = ALONE):
+        self.rows, self._ranks = rows, ranks
         device = rows[0].dest.device
-        self.bytes_read = sum(math.prod(s.shape) * s.dtype.itemsize for r in rows for s in r.sources)
+        self._agreeing = any(r.agree is not None for r in rows)  # quantizing is a collective
+        self.bytes_read = sum(math.prod(s.part_shape) * s.dtype.itemsize for r in rows for s in r.sources)
         self.bytes_written = sum(t.numel() * t.dtype.itemsize for r in rows for t in (r.dest, r.scale) if t is not None)
-        twice = sum(math.prod(s.shape) * 2 for r in rows if r.format is formats.FP8_TENSOR for s in r.sources)
+        twice = sum(math.prod(s.part_shape) * 2 for r in rows if r.format is formats.FP8_TENSOR for s in r.sources)
         self.bytes_moved = self.bytes_read + twice + self.bytes_written
         self._engine_model = engine_model
         self._engine_watch, self._policy_watch = Watch(), policy_watch  # what CUDA graphs hold on to; what is read
@@ -171,15 +196,33 @@ class SyncPlan:
 
     @classmethod
     def build(
-        cls, policy: "torch.nn.Module | Mapping[str, torch.Tensor | Source]", engine_model: torch.nn.Module
+        cls,
+        policy: "torch.nn.Module | Mapping[str, torch.Tensor | Source]",
+        engine_model: torch.nn.Module,
+        ranks: Ranks = ALONE,
     ) -> "SyncPlan":
         """Plan the sync of `policy` into vLLM's `engine_model`.
 
-        `policy` is the HF model, or a mapping from HF's names to tensors that stay where they are, or to Sources.
+        `policy` is the HF model, or a mapping from HF's names to tensors that stay where they are, or to Sources. Under
+        FSDP2 it must be resharded, here and at every sync: after a forward pass without a backward pass the root is
+        not (FSDPModule.reshard). With more than one of `ranks` this, `sync`, `verify` and `prove` are collectives of
+        all of them, and where one raises SyncError all raise the same.
         Raises SyncError, naming the parameter, if an engine parameter has no source, if a policy tensor goes nowhere,
         or if shapes or dtypes do not fit. Nothing is written.
         """
-        watch = Watch()
+        rows, watch, problem = [], Watch(), None
+        try:
+            rows = cls._rows(policy, engine_model, watch)
+        except SyncError as error:
+            problem = error
+        _raise_on_all(ranks, problem)
+        return cls(rows, engine_model, watch, ranks)
+
+    @staticmethod
+    def _rows(
+        policy: "torch.nn.Module | Mapping[str, torch.Tensor | Source]", engine_model: torch.nn.Module, watch: Watch
+    ) -> list[Row]:
+        """Of every engine parameter; what is read is added to `watch`."""
         if isinstance(policy, torch.nn.Module):
             watch.add_module(policy)
             policy = dict(policy.named_parameters(remove_duplicate=False))
@@ -205,8 +248,11 @@ class SyncPlan:
                 continue
             scale = next((scales[name + end].data for end in formats.SCALE_NAMES if name + end in scales), None)
             fmt, dest, scale = read_format(name, param.data, scale)
-            row = Row(name, fmt, dest, scale, tuple(Source.of(n, policy[n], device) for n in names))
-            _check_shapes(row, engine_model.get_submodule(name.rpartition(".")[0]))
+            module = engine_model.get_submodule(name.rpartition(".")[0])
+            cuts = cuts_of(name, module, dest.dim(), len(names))
+            sources = [Source.of(n, policy[n], device).with_cut(cut) for n, cut in zip(names, cuts, strict=True)]
+            row = Row(name, fmt, dest, scale, tuple(sources), shared_amax(name, fmt, cuts, device))
+            _check_shapes(row, module)
             rows.append(row)
             consumed.update(_identity(policy[n]) for n in names)
             for source in row.sources:
@@ -219,7 +265,7 @@ class SyncPlan:
         unused = [n for n, t in policy.items() if _identity(t) not in consumed]
         if unused:
             raise SyncError(f"{len(unused)} policy tensor(s) go nowhere in the engine: {_first(unused)}")
-        return cls(rows, engine_model, watch)
+        return rows
 
     def formats(self) -> dict[str, int]:
         """Parameters per format, for the start-up line."""
@@ -280,10 +326,12 @@ class SyncPlan:
         Raises SyncError if a tensor of the engine or the policy has moved since the plan was built (a captured CUDA
         graph would go on reading the old one, the sync would go on reading old weights).
         """
+        problem = None
         if name := self._engine_watch.moved():
-            raise SyncError(f"{name} was replaced or moved since the plan was built; build a new engine and plan")
-        if name := self._policy_watch.moved():
-            raise SyncError(f"the policy's {name} was replaced or moved since the plan was built; build a new plan")
+            problem = SyncError(f"{name} was replaced or moved since the plan was built; build a new engine and plan")
+        elif name := self._policy_watch.moved():
+            problem = SyncError(f"the policy's {name} was replaced or moved since the plan was built; build a new plan")
+        _raise_on_all(self._ranks, problem)
         self._write_resident()
         for wave in self._each_staged(self._staged):
             wave.write()
@@ -296,6 +344,8 @@ class SyncPlan:
             return
         self._flags.zero_()
         self._resident.write()
+        if self._agreeing:
+            return  # a collective is not captured: a graph would tie NCCL's communicator to its own life
         if self._flags.is_cuda and self._graph is None and not torch.cuda.is_current_stream_capturing():
             graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self._flags.device)
             stream.wait_stream(torch.cuda.current_stream())
@@ -321,15 +371,23 @@ class SyncPlan:
         staged = [w for w in self._staged if full or w.groups[0] == turn % every]
         for wave in self._each_staged(staged):
             wave.check(0, 1)
-        if any(self._flags.tolist()):
+        if self._ranks.any(any(self._flags.tolist())):
+            # On every rank, for diagnosing stages again; a rank with nothing wrong has an empty list.
             wrong = self._resident.diagnose() + [m for w in self._each_staged(self._staged) for m in w.diagnose()]
-            if not wrong:
+            told = _told(self._ranks, wrong)
+            if not told:
                 raise SyncError("the sync's kernels and their torch reference do not agree; this is a fault of theirs")
-            raise SyncError(f"{len(wrong)} engine parameter(s) do not hold the policy's weights: {_first(wrong)}")
+            raise SyncError(f"{len(told)} engine parameter(s) do not hold the policy's weights: {_first(told)}")
         return len(self._resident.rows) + sum(len(w.rows) for w in staged)
 
     def _each_staged(self, waves: Sequence[_Wave]) -> Iterator[_Wave]:
-        """Each wave once its weights are on the device, the next one on its way meanwhile."""
+        """Each wave once its weights are on the device, the next one on its way meanwhile.
+
+        Gathering on the side stream is safe: torch makes the stream that is current at the call wait for a collective
+        (async_op=False), so what comes next there, the event too, comes after the gathered bytes; NCCL reads shards and
+        writes buffers no earlier than what the stream had waited for, the optimizer's update and the event that the
+        buffer has been read. All ranks call from one thread in one order, so one communicator sees the same sequence.
+        """
         if self._stream is None:
             for wave in waves:
                 wave.stage()
@@ -349,10 +407,15 @@ class SyncPlan:
             if i == 0:
                 start(0)
             main.wait_event(self._filled[i % 2])
-            if i + 1 < len(waves):
+            if i + 1 < len(waves) and not self._agreeing:
                 start(i + 1)
             yield wave
             self._free[i % 2].record(main)
+            if i + 1 < len(waves) and self._agreeing:
+                # The wave's own collectives go by another communicator. Two at once could wait for each other, each
+                # holding the multiprocessors that the other needs on another rank.
+                stream.wait_stream(main)
+                start(i + 1)
 
 
 def _source_names(engine_name: str, packed: Mapping[str, list[str]]) -> list[str]:
@@ -366,7 +429,28 @@ def _identity(value: "torch.Tensor | Source") -> int:
     """Equal for tied tensors."""
     if isinstance(value, Source):
         return id(value)
-    return (value.to_local() if hasattr(value, "full_tensor") else value).data_ptr()
+    return local(value).data_ptr() or (id(value) if is_sharded(value) else 0)  # a rank may have no row of a tensor
+
+
+def _raise_on_all(ranks: Ranks, problem: SyncError | None) -> None:
+    """Raise where this or another rank has a problem, the same everywhere."""
+    if not ranks.any(problem is not None):
+        return
+    if ranks.world == 1:
+        raise problem
+    raise SyncError(_first(_told(ranks, [] if problem is None else [str(problem)]))) from problem
+
+
+def _told(ranks: Ranks, found: list[str]) -> list[str]:
+    """What all ranks have found, and which of them."""
+    if ranks.world == 1:
+        return found
+    by_text: dict[str, list[int]] = {}
+    for rank, texts in enumerate(ranks.gather(found)):
+        for text in texts:
+            by_text.setdefault(text, []).append(rank)
+    who = {text: f"rank{'s' if len(at) > 1 else ''} {', '.join(map(str, at))}" for text, at in by_text.items()}
+    return [f"{text} ({at})" for text, at in who.items()]
 
 
 def _as_int16(tensor: torch.Tensor) -> torch.Tensor:
@@ -405,20 +489,31 @@ def _first(items: Iterable[str], n: int = 5) -> str:
 
 
 def _check_shapes(row: Row, module: torch.nn.Module) -> None:
-    """SyncError unless the sources, stacked, are exactly `dest` (or all but the padded rows of a vocabulary)."""
-    parts = [s.shape[0] for s in row.sources]
+    """SyncError unless the sources' parts, stacked, are exactly `dest` (or all but the padded rows of a vocabulary)."""
+    parts = [s.part_shape[0] for s in row.sources]
     fused = getattr(module, "output_partition_sizes", None)  # vLLM's own q,k,v or gate,up
     if hasattr(module, "num_embeddings_padded"):
-        fits = parts == [getattr(module, "org_vocab_size", min(parts[0], row.dest.shape[0]))]
+        rows = row.sources[0].shape[0]
+        fits = rows == getattr(module, "org_vocab_size", min(rows, row.dest.shape[0]))
+        fits = fits and len(parts) == 1 and parts[0] <= row.dest.shape[0]
     else:
         fits = parts == list(fused) if fused is not None and len(parts) > 1 else sum(parts) == row.dest.shape[0]
-    if not fits or {s.shape[1:] for s in row.sources} != {tuple(row.dest.shape[1:])}:
+    fits = fits and all(s.cut is None or s.shape[s.cut.dim] == s.cut.whole for s in row.sources)
+    if not fits or {s.part_shape[1:] for s in row.sources} != {tuple(row.dest.shape[1:])}:
         shapes = ", ".join(f"{s.name} {s.shape}" for s in row.sources)
+        size = f" as one part of {module.tp_size}" if any(s.cut for s in row.sources) else ""
         raise SyncError(
-            f"{row.name} is {tuple(row.dest.shape)} in the engine and does not fit the policy's {shapes}. {FAMILIES}"
+            f"{row.name} is {tuple(row.dest.shape)} in the engine{size} and does not fit the policy's {shapes}. "
+            f"{FAMILIES}"
         )
     if row.format is not COPY and sum(parts) < row.dest.shape[0]:
         raise SyncError(f"{row.name} is {row.format.name} with padded rows, which the sync does not know how to fill")
+    cuts = [s.cut for s in row.sources if s.cut]
+    if row.format is formats.FP8_BLOCK and any((cut.stop - cut.start) % formats.BLOCK for cut in cuts):
+        raise SyncError(
+            f"{row.name} is {tuple(row.dest.shape)} on each of {module.tp_size} ranks, and a {formats.BLOCK} x "
+            f"{formats.BLOCK} block would lie on two of them; use a smaller --tp, or --rollout-quant fp8 or fp8-channel"
+        )
     if row.format is formats.FP8_BLOCK and any(n % formats.BLOCK for n in parts[:-1]):
         raise SyncError(
             f"{row.name} has parts of {parts} rows, and a {formats.BLOCK} x {formats.BLOCK} block would hold rows of "

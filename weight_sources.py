@@ -1,16 +1,23 @@
 """Where the sync finds the policy's weights, and whether they are still there.
 
 Axes: O/I output/input features of a weight, R rank of a LoRA adapter.
+
+Shards. Under FSDP2 each rank holds some rows of a tensor, a DTensor. They are gathered when their group is staged, into
+the staging buffer itself: a collective, which every rank must enter in the same order. What is merged or rounded is
+so after it was gathered and before a tensor-parallel engine's part is cut out of it: the bits are those of a policy
+that is not sharded.
 """
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from quant_formats import SyncError
+from tensor_parallel import Cut
 
 
 @dataclass(frozen=True)
@@ -18,7 +25,8 @@ class Source:
     """One policy tensor, [O, I] or [O].
 
     `tensor` is read in place where it is on the engine's device; otherwise `fill(out)` lays it into `out`, a bf16
-    tensor of its shape on the engine's device, on whatever stream is current and without waiting for it.
+    tensor of its shape on the engine's device, on whatever stream is current and without waiting for it. Both are the
+    whole tensor; `cut` is the part of it that this rank's engine holds, None: all.
     """
 
     name: str
@@ -27,6 +35,23 @@ class Source:
     tensor: torch.Tensor | None = None
     fill: Callable[[torch.Tensor], None] | None = None
     watched: tuple[torch.Tensor, ...] = ()  # these must stay at their addresses
+    cut: Cut | None = None
+
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """Of what this rank's engine holds."""
+        return self.shape if self.cut is None else self.cut.shape(self.shape)
+
+    def part(self, whole: torch.Tensor) -> torch.Tensor:
+        """A view; of columns not dense."""
+        return whole if self.cut is None else self.cut.of(whole)
+
+    def with_cut(self, cut: Cut | None) -> "Source":
+        return self if cut is None else replace(self, cut=cut)
+
+    @property
+    def cut_by_columns(self) -> bool:
+        return self.cut is not None and self.cut.dim == 1
 
     def read(self, device: torch.device) -> torch.Tensor:
         """The tensor on `device`: itself, or a new one."""
@@ -43,8 +68,14 @@ class Source:
             return value
         tensor = value.detach()
         shape, dtype = tuple(tensor.shape), tensor.dtype
-        if hasattr(tensor, "full_tensor"):  # a DTensor (FSDP2): gathered when its group is staged, then dropped
-            return Source(name, shape, dtype, fill=lambda out: out.copy_(value.detach().full_tensor()))
+        if is_sharded(tensor):
+            check_sharding(name, value)
+            if tensor.device != device:
+                raise SyncError(
+                    f"the policy's {name} is sharded on {tensor.device} and the engine on {device}; shard it there "
+                    "(fully_shard without CPUOffloadPolicy)"
+                )
+            return Source(name, shape, dtype, fill=lambda out: gather(value, out), watched=(value,))
         if tensor.device == device:
             return Source(name, shape, dtype, tensor, watched=(value,))
         if not tensor.is_pinned():
@@ -58,16 +89,19 @@ class Source:
     def lora(
         name: str, base: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float
     ) -> "Source":  # fmt: skip
-        """base [O, I] + scaling * lora_B [O, R] @ lora_A [R, I], merged as it is staged; `base` is not changed.
+        """base [O, I] + scaling * lora_B [O, R] @ lora_A [R, I], merged as it is staged; `base` is not changed. Each of
+        them may be a DTensor.
 
         The product is accumulated in fp32 from bf16 factors and rounded once, with the sum, to bf16.
         """
-        a, b = (torch.empty_like(t, dtype=base.dtype, requires_grad=False) for t in (lora_A, lora_B))
+        for tensor in (base, lora_A, lora_B):
+            check_sharding(name, tensor)
+        a, b = (torch.empty(t.shape, dtype=base.dtype, device=t.device) for t in (lora_A, lora_B))
 
         def fill(out: torch.Tensor) -> None:
-            a.copy_(lora_A.detach())
-            b.copy_(lora_B.detach())
-            torch.addmm(base.detach(), b, a, alpha=scaling, out=out)
+            gather(lora_A, a)
+            gather(lora_B, b)
+            torch.addmm(gathered(base, out), b, a, alpha=scaling, out=out)
 
         return Source(name, tuple(base.shape), base.dtype, fill=fill, watched=(base, lora_A, lora_B))
 
@@ -76,13 +110,65 @@ class Source:
         """weight [O, I] on the engine's device, rounded to `bits` bits, symmetric, one scale a row, and back to bf16:
         for an engine in bf16 that samples as if it were quantized. `weight` is not changed."""
         largest = 2 ** (bits - 1) - 1
+        check_sharding(name, weight)
 
         def fill(out: torch.Tensor) -> None:
-            exact = weight.detach().float()
+            exact = gathered(weight, out).float()
             scale = exact.abs().amax(1, keepdim=True).clamp(min=1e-30) / largest
             out.copy_((exact / scale).round() * scale)
 
         return Source(name, tuple(weight.shape), weight.dtype, fill=fill, watched=(weight,))
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor."""
+    return hasattr(tensor, "full_tensor")
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a DTensor; a plain tensor itself."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def check_sharding(name: str, tensor: torch.Tensor) -> None:
+    """SyncError for a DTensor that is not FSDP2's: whole rows, over one dimension of ranks."""
+    if not is_sharded(tensor):
+        return
+    placements = tensor.placements
+    if len(placements) != 1 or not (placements[0].is_shard(0) or placements[0].is_replicate()):
+        raise SyncError(
+            f"the policy's {name} is a DTensor with placements {placements}; the sync gathers rows that are sharded "
+            "over one mesh dimension, as fully_shard() does with a one-dimensional mesh"
+        )
+
+
+def gather(tensor: torch.Tensor, out: torch.Tensor) -> None:
+    """All of `tensor` into `out`, which is dense and may have another dtype. Of a DTensor a collective of its mesh:
+    rank r of W has rows r * c .. (r + 1) * c, c = ceil(rows / W), as far as there are any."""
+    part = local(tensor.detach())
+    if not is_sharded(tensor) or tensor.placements[0].is_replicate():
+        out.copy_(part)
+        return
+    part = part.to(out.dtype)
+    ranks, rows = tensor.device_mesh.size(), out.shape[0]
+    group = tensor.device_mesh.get_group()
+    if rows % ranks == 0:
+        dist.all_gather_into_tensor(out, part.contiguous(), group=group)
+        return
+    most = -(-rows // ranks)
+    padded = part.new_zeros(most, *part.shape[1:])
+    padded[: part.shape[0]] = part
+    everyone = part.new_empty(most * ranks, *part.shape[1:])
+    dist.all_gather_into_tensor(everyone, padded, group=group)
+    out.copy_(everyone[:rows])
+
+
+def gathered(tensor: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """All of `tensor` to be read: itself where it is plain, else `out`, which then holds it."""
+    if not is_sharded(tensor):
+        return tensor.detach()
+    gather(tensor, out)
+    return out
 
 
 def rounded_sources(model: torch.nn.Module, bits: int, skip: Sequence[str]) -> "dict[str, torch.Tensor | Source]":
@@ -102,7 +188,7 @@ class Watch:
         self._names: list[str] = []
         self._places: list[tuple[Mapping[str, Any], str]] = []
         self._tensors: list[torch.Tensor] = []
-        self._addressed: list[torch.Tensor] = []
+        self._sharded = False
         self._addresses: list[int] = []
 
     def add(self, name: str, tensor: torch.Tensor, owner: Mapping[str, Any] | None = None, leaf: str = "") -> None:
@@ -110,9 +196,8 @@ class Watch:
         self._names.append(name)
         self._places.append(({leaf: tensor} if owner is None else owner, leaf))
         self._tensors.append(tensor)
-        local = tensor.to_local() if hasattr(tensor, "full_tensor") else tensor
-        self._addressed.append(local)
-        self._addresses.append(local.data_ptr())
+        self._sharded |= is_sharded(tensor)
+        self._addresses.append(local(tensor).data_ptr())
 
     def add_module(self, module: torch.nn.Module) -> None:
         """All parameters, tied ones under each of their names."""
@@ -124,7 +209,8 @@ class Watch:
     def moved(self) -> str | None:
         """The name of the first tensor that was replaced or has moved."""
         now = [owner.get(leaf) for owner, leaf in self._places]
-        addresses = list(map(torch.Tensor.data_ptr, self._addressed))
+        held = map(local, self._tensors) if self._sharded else self._tensors
+        addresses = list(map(torch.Tensor.data_ptr, held))
         if addresses == self._addresses and all(map(operator.is_, now, self._tensors)):
             return None
         changed = zip(self._names, now, self._tensors, addresses, self._addresses, strict=True)

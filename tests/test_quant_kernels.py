@@ -188,8 +188,8 @@ class Work:
         self.items.append(self.kernels.Item(fmt, dest, scale, tuple(weights), group))
         return self.items[-1]
 
-    def sweep(self, groups=4):
-        return self.kernels.Sweep(self.items, groups, self.flags)
+    def sweep(self, groups=4, agree=None):
+        return self.kernels.Sweep(self.items, groups, self.flags, agree)
 
     def guards_hold(self):
         return all(bool((guard == byte).all()) for guard, byte in self._guards)
@@ -224,7 +224,7 @@ def raw(tensor):
     return tensor.contiguous().view(torch.uint8).numpy()
 
 
-def block_scales(weights):
+def block_scales(weights, agree=None):
     """As on a GPU, where amax is multiplied by the reciprocal; quant_formats divides on a CPU."""
     rows = []
     for weight in weights:
@@ -690,6 +690,55 @@ def test_one_tile_has_one_turn_and_the_others_none(work, fmt):
     raw(item.dest)[1, 3] ^= 1
     assert work.found(sweep, 32) == [1] + [0] * 31
     assert work.found(sweep, 1) == [1]
+
+
+def agreed_with(others):
+    """An `agree` for one of several ranks, where `others` is theirs of each matrix, as bits of bf16; and how many
+    matrices it was asked for, each time."""
+    sizes = []
+
+    def agree(amax):
+        sizes.append(len(amax))
+        assert amax.dtype == torch.int32
+        amax.copy_(torch.maximum(amax, others[: len(amax)]))
+
+    return agree, sizes
+
+
+def test_one_amax_of_several_ranks(work):
+    """The other rank's is larger for the first matrix, smaller for the second."""
+    for group, rows in ((0, [9, 4]), (1, [11])):
+        work.add(FP8_TENSOR, rows, 48, group=group)
+    work.add(COPY, [300])
+    work.add(FP8_CHANNEL, [5], 40)
+    others = torch.tensor([17.0, 1e-3], dtype=BF16).view(torch.int16).int()
+    agree, sizes = agreed_with(others)
+    sweep = work.sweep(agree=agree)
+    sweep.write()
+    assert sizes == [2] and work.flags.tolist() == [0, 0]
+    first = work.items[0]
+    dest, scale = torch.empty_like(first.dest), torch.empty_like(first.scale)
+    other = torch.tensor([17.0]).view(torch.int32)
+    formats.write(FP8_TENSOR, dest, scale, first.weights, lambda bits: bits.copy_(torch.maximum(bits, other)))
+    np.testing.assert_array_equal(raw(first.dest), raw(dest))
+    assert torch.equal(first.scale, scale) and scale.item() == np.float32(17) / np.float32(448)
+    work.assert_right(first)  # the others are what they are without it
+    sweep.check(0, 1)
+    assert sizes == [2, 2] and work.flags.tolist() == [0, 0]
+    sweep.check(0, 4)  # the first matrix's turn: it is the only one whose amax is asked for
+    assert sizes == [2, 2, 1] and work.flags.tolist() == [0, 0]
+    sweep.check(2, 4)  # no matrix's
+    assert sizes == [2, 2, 1] and work.flags.tolist() == [0, 0]
+    others[0] = torch.tensor(18.0, dtype=BF16).view(torch.int16).int()  # another rank's weights have moved on
+    sweep.check(0, 4)
+    assert work.flags[1] > 0
+
+
+def test_another_ranks_nan_is_not_finite_here(work):
+    item = work.add(FP8_TENSOR, [9], 48)
+    agree, _ = agreed_with(torch.tensor([0x7FC0], dtype=torch.int32))
+    work.sweep(1, agree).write()
+    assert work.flags[0] > 0 and bool(item.scale.isnan())
 
 
 def test_sweeps_share_the_flags(work):

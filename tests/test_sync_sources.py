@@ -530,17 +530,22 @@ def test_a_head_that_is_not_tied_has_no_place_in_an_engine_that_ties_it():
 # ---- shards
 
 
+def sharded(tensor, mesh):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    return nn.Parameter(distribute_tensor(tensor, mesh, [Shard(0)]))
+
+
 def in_a_world(rank, size, folder):
     """Runs in a process of its own: DTensors, sharded by rows, into an engine that each rank has."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
 
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     mesh = init_device_mesh("cpu", (size,))
     for quant in QUANTS:
         policy, engine = small_policy(), small_engine(quant)
-        shards = {n: nn.Parameter(distribute_tensor(t, mesh, [Shard(0)])) for n, t in policy.items()}
+        shards = {n: sharded(t, mesh) for n, t in policy.items()}
         assert sum(p.to_local().numel() for p in shards.values()) < sum(t.numel() for t in policy.values()) or size == 1
         source = Source.of("model.norm.weight", shards["model.norm.weight"], CPU)
         assert (source.tensor, source.shape, source.dtype) == (None, (WIDTH,), torch.bfloat16)
@@ -559,18 +564,79 @@ def in_a_world(rank, size, folder):
         assert differing(snapshot(engine), expected_bytes(quant, {n: t + 1 for n, t in policy.items()})) == []
         assert all(plan.verify(turn) <= 1 for turn in range(quant_sync.VERIFY_EVERY))
     tensors = small_policy(tied=True)
-    shard = distribute_tensor(tensors["lm_head.weight"], mesh, [Shard(0)])
+    shard = sharded(tensors["lm_head.weight"], mesh)
     policy = tree(tensors | dict.fromkeys(("lm_head.weight", "model.embed_tokens.weight"), shard))
     engine = small_engine("fp8", tied=True)
     plan = SyncPlan.build(policy, engine)
     plan.sync()
     assert torch.equal(engine.model.embed_tokens.weight[:TOKENS], tensors["lm_head.weight"])
     assert plan.verify(full=True) == len(plan.rows)
+    with torch.no_grad():
+        gathered_rows(mesh, size)
+        merged_and_rounded_shards(mesh)
+    moved_shards(mesh)
+    refused_shards(mesh)
+    dist.barrier()
     dist.destroy_process_group()
     print("every byte is equal")
 
 
-@pytest.mark.parametrize("size", [1, 2])
+def gathered_rows(mesh, size):
+    """As many rows as ranks, more, fewer (some ranks have none), and counts that ranks do not divide."""
+    for rows in (1, 2, size, size + 1, 5 * size - 1, 7):
+        for shape in ((rows,), (rows, 3)):
+            tensor = torch.randn(shape, generator=torch.Generator().manual_seed(rows)).bfloat16()
+            out = torch.full(shape, torch.nan, dtype=torch.bfloat16)
+            Source.of("x", sharded(tensor, mesh), CPU).fill(out)
+            assert torch.equal(out, tensor)
+
+
+def merged_and_rounded_shards(mesh):
+    """Any of base, A and B in shards; fp32 factors too. The bits are those of plain tensors."""
+    for dtype in (torch.bfloat16, torch.float32):
+        adapted = Adapted(dtype)
+        for name, (a, b) in adapted.adapters.items():
+            base = adapted.base[name]
+            wanted, out = torch.empty_like(base), torch.empty_like(base)
+            adapted.policy[name].fill(wanted)
+            for which in range(8):
+                kinds = [t if which >> i & 1 else sharded(t.detach(), mesh) for i, t in enumerate((base, a, b))]
+                Source.lora(name, *kinds, SCALING).fill(out.fill_(torch.nan))
+                assert torch.equal(out, wanted), (name, which)
+            Source.rounded(name, base, 4).fill(wanted)
+            Source.rounded(name, sharded(base, mesh), 4).fill(out.fill_(torch.nan))
+            assert torch.equal(out, wanted) and not torch.equal(out, base)
+
+
+def moved_shards(mesh):
+    """Of a source by itself, and of a module's parameter that goes on being the same object."""
+    name = "model.layers.1.self_attn.k_proj.weight"
+    for as_module in (False, True):
+        shards = {n: sharded(t, mesh) for n, t in small_policy().items()}
+        policy = shards
+        if as_module:
+            policy = tree(small_policy())
+            for path, shard in shards.items():
+                module, _, leaf = path.rpartition(".")
+                setattr(policy.get_submodule(module), leaf, shard)
+        plan = SyncPlan.build(policy, small_engine("fp8"))
+        plan.sync()
+        shards[name]._local_tensor = shards[name]._local_tensor.clone()  # as FSDP2 does when a module is moved
+        with pytest.raises(SyncError, match=rf"^the policy's {re.escape(name)} was replaced or moved"):
+            plan.sync()
+
+
+def refused_shards(mesh):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    columns = distribute_tensor(torch.zeros(4, 8, dtype=torch.bfloat16), mesh, [Shard(1)])
+    with pytest.raises(SyncError, match=r"the policy's a\.weight is a DTensor with placements .*fully_shard\(\)"):
+        Source.of("a.weight", columns, CPU)
+    with pytest.raises(SyncError, match=r"the policy's a\.weight is sharded on cpu and the engine on meta"):
+        Source.of("a.weight", sharded(torch.zeros(4, 8), mesh), torch.device("meta"))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
 def test_shards_are_gathered_as_they_are_staged(tmp_path, size):
     """A group of processes of their own: the engines of the other tests have one in this process."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
