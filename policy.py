@@ -23,7 +23,8 @@ from lora import has_adapters
 from optimizer import MasterAdamW
 from packing import pack
 from ranks import Ranks
-from sharding import LogprobModel, is_sharded, local, span, whole
+from sharding import LogprobModel, span, whole
+from weight_sources import is_sharded, local
 
 FAMILIES = ("qwen2", "qwen3", "llama")  # logits = head(last hidden state): no scaling, no soft cap
 
@@ -212,7 +213,7 @@ class Policy:
                     layer.compile(dynamic=True)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._names, self._parameters = [name for name, _ in named], [p for _, p in named]
-        self._weights = [local(p) for p in self._parameters]
+        self._weights = [local(p.detach()) if self._sharded else p for p in self._parameters]
         self._spans = {name: span(p, self.ranks) for name, p in named} if self._sharded else {}
         self.optimizer = MasterAdamW(
             self._weights, weight_decay=weight_decay, betas=betas, states=optimizer_states, offload=offload_optimizer
@@ -358,7 +359,7 @@ class Policy:
 
 def _add_to(total: torch.Tensor) -> Any:
     def hook(weight: torch.Tensor) -> None:
-        total.add_(weight.grad.to_local() if is_sharded(weight) else weight.grad)
+        total.add_(local(weight.grad))
         weight.grad = None
 
     return hook

@@ -90,15 +90,6 @@ def shard(root: LogprobModel, ranks: Ranks, device: torch.device) -> None:
             setattr(root.get_submodule(owner), leaf, buffer.to(device))
 
 
-def local(parameter: Tensor) -> Tensor:
-    """This rank's rows of a sharded parameter, its own memory; a whole one as it is."""
-    return parameter.detach().to_local() if is_sharded(parameter) else parameter
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    return hasattr(parameter, "to_local")
-
-
 def span(parameter: Tensor, ranks: Ranks) -> tuple[int, int]:
     """(first row that this rank has of a sharded parameter, rows of the whole)."""
     rows = parameter.shape[0]

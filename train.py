@@ -33,7 +33,7 @@ from tqdm import tqdm
 import lora
 from alarms import AlarmError, Alarms
 from checkpoint import Checkpoint, CheckpointError
-from config import Args, ConfigError, read_flags
+from config import Args, ConfigError, check_ranks, read_flags
 from data import DataError, Prompt, PromptStream, encode_prompts, load_data
 from engine_options import SIMULATED, EngineError, check_platform, skipped_layers
 from keys import redacted
@@ -59,6 +59,7 @@ from memory import (
     host_used,
     model_sizes,
     plan_memory,
+    sequences_at_once,
 )
 from optimizer import OptimizerError, check_states
 from packing import PackingError
@@ -174,7 +175,7 @@ def train(args: Args, ranks: Ranks | None = None) -> Path:
                 bar.update()
                 tqdm.write(step_line(step, args.steps, metrics, accuracy), file=sys.stdout)
                 if used is not None and step == first:
-                    tqdm.write(used.table(), file=sys.stdout)
+                    tqdm.write(used.table(ranks.gather(used.seen)), file=sys.stdout)
                 for event in events:
                     run.log_event(event.line())
                     tqdm.write(f"alarm: step {step}: {event.message}", file=sys.stdout)
@@ -496,8 +497,9 @@ def load_config(args: Args) -> tuple[Any, Any]:
 
 
 def plan_device(args: Args, config: Any, ranks: Ranks | None = None) -> tuple[Args, MemoryPlan, list[str]]:
-    """(arguments with what the memory plan chose, the plan, layers that stay bf16); prints the plan. On a CPU it is the
-    KV cache's size alone."""
+    """(arguments with what the memory plan chose, the plan, layers that stay bf16); prints the plan, which is that of
+    every rank. On a CPU it is the KV cache's size alone."""
+    ranks = ranks or Ranks()
     known = f"--model {args.model} ({config.model_type}) cannot be trained here"
     if config.model_type not in FAMILIES:
         raise ConfigError(f"{known}: the families that can be are Qwen2, Qwen3 and Llama ({', '.join(FAMILIES)})")
@@ -509,23 +511,24 @@ def plan_device(args: Args, config: Any, ranks: Ranks | None = None) -> tuple[Ar
         raise
     except Exception as error:  # whatever numbers that make no model lead to
         raise ConfigError(f"{known}: its config.json makes no model ({_first_line(error)})") from error
+    check_ranks(args, config, ranks.world)
     skip = skipped_layers([*sizes.linear_layers, "lm_head", "model.embed_tokens"], args.quant_skip)
     bf16 = args.rollout_quant == "none" or args.rollout_quant in SIMULATED
     quantized = [] if bf16 else [n for k, n in sizes.linear_layers.items() if k not in skip]
     if args.kv_cache_dtype == "fp8":
         sizes = dataclasses.replace(sizes, kv_bytes_per_token=sizes.kv_bytes_per_token // 2)
     blocks = math.ceil(args.max_model_len / 128) + 1  # of a CPU, whose are the largest; vLLM keeps one to itself
-    one_sequence = sizes.kv_bytes_per_token * 128 * blocks
+    one_sequence = sizes.kv_bytes_of_rank(ranks.tp) * 128 * blocks
     if args.kv_cache_gib is not None and args.kv_cache_gib * GIB < one_sequence:
         raise MemoryPlanError(
             f"--kv-cache-gib {args.kv_cache_gib} does not hold one sequence of --max-prompt-len {args.max_prompt_len} "
             f"+ --max-response-len {args.max_response_len} tokens, which takes {one_sequence / GIB + 5e-7:.6f}; give "
             "more, or leave it out"
         )
-    sequences = min(args.max_num_seqs, 2 * args.samples_per_step)  # dynamic sampling draws about twice what it keeps
+    sequences = sequences_at_once(args.max_num_seqs, args.prompts_per_step, args.samples_per_prompt, ranks.groups)
     compiled = torch.cuda.is_available() if args.compile is None else args.compile
     if torch.cuda.is_available():
-        free, _ = torch.cuda.mem_get_info()
+        free = min(ranks.gather(torch.cuda.mem_get_info()[0]))  # of the fullest GPU
         plan = plan_memory(
             sizes,
             free=free if args.memory_bytes is None else min(free, args.memory_bytes),
@@ -539,7 +542,9 @@ def plan_device(args: Args, config: Any, ranks: Ranks | None = None) -> tuple[Ar
             kv_cache_gib=args.kv_cache_gib,
             compiled=compiled,
             optimizer_states=args.optimizer_states,
-            host_free=host_memory(),
+            host_free=ranks.from_first(host_memory()),
+            world=ranks.world,
+            tp=ranks.tp,
         )
         print(f"{torch.cuda.get_device_name()}\n{plan.table()}", flush=True)
     else:
@@ -547,7 +552,7 @@ def plan_device(args: Args, config: Any, ranks: Ranks | None = None) -> tuple[Ar
             print(f"--sleep {args.sleep} has no effect: a CPU has no sleep mode, the engine stays", flush=True)
         if args.memory_gib is not None:
             print(f"--memory-gib {args.memory_gib} has no effect: it is for a GPU's memory", flush=True)
-        wanted = max(sizes.kv_bytes_per_token * (args.max_model_len + 128) * sequences, 2**27)
+        wanted = max(sizes.kv_bytes_of_rank(ranks.tp) * (args.max_model_len + 128) * sequences, 2**27)
         plan = MemoryPlan(
             sleep_level=0,
             checkpointing=bool(args.gradient_checkpointing),

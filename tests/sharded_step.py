@@ -25,7 +25,8 @@ from data import Example, Prompt
 from policy import Policy
 from ranks import Ranks
 from rollout import Group, Sample
-from sharding import LogprobModel, is_sharded, shard, whole
+from sharding import LogprobModel, shard, whole
+from weight_sources import is_sharded
 
 CASES = {
     "qwen2": {},

@@ -385,7 +385,7 @@ class FakeEngine:
     events: list = []  # noqa: RUF012  (reset by the fixture)
 
     def __init__(self, model, *, tokenizer, **options):
-        self.tokenizer, self.version, self.model = tokenizer, None, None
+        self.tokenizer, self.version, self.model, self.ranks = tokenizer, None, None, options["ranks"]
         self.turn = 0
         self.events.append("build")
 
@@ -423,7 +423,7 @@ class FakePlan:
     bytes_written = 0
 
     @classmethod
-    def build(cls, policy, engine_model):
+    def build(cls, policy, engine_model, ranks=None):
         return cls()
 
     def formats(self):
