@@ -8,6 +8,7 @@ decides on (groups, advantages, token counts, alarms) is gathered first and comp
 A process that is started by itself is a world of one, and none of this communicates.
 """
 
+import contextlib
 import os
 import select
 import shutil
@@ -29,6 +30,7 @@ TIMEOUT = timedelta(hours=2)  # ranks wait for the slowest one's rollouts
 GRACE = 5.0  # seconds in which the death of another rank explains an error of this one
 BROKEN = ("by peer", "remote process", "Broken pipe")  # words of gloo and NCCL when another rank has gone
 CLAIM = "said"
+SHOWN = 100  # characters of a value that the ranks do not agree on
 
 
 class RanksError(RuntimeError):
@@ -153,8 +155,9 @@ class Ranks:
             for rank, other in enumerate(everyone):
                 if other.get(name) != first:
                     raise RanksError(
-                        f"the ranks have different {what}: {name} is {first} on rank 0 and "
-                        f"{other.get(name)} on rank {rank}; start every rank with the same command on the same files"
+                        f"the ranks have different {what}: {name} is {_short(first)} on rank 0 and "
+                        f"{_short(other.get(name))} on rank {rank}; start every rank with the same command on the same "
+                        "files"
                     )
 
     # -- the end -------------------------------------------------------------------------------------------------
@@ -197,6 +200,11 @@ def check_launch(world: int, tp: int) -> None:
             f"--tp {tp} does not divide the {world} process(es) that were started; one engine takes {tp} of them"
             + (": start this with `accelerate launch` or `torchrun`" if world == 1 else "")
         )
+
+
+def _short(value: Any) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
 
 
 class _Watch:
@@ -245,8 +253,9 @@ class _Watch:
         )
 
     def failed(self, message: str) -> NoReturn:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # nobody reads them any more; this rank must end
+            sys.stdout.flush()
+            sys.stderr.flush()
         # The first rank speaks for all that fail alike. It waits only where another's end is the likely reason: a
         # process that dies with much memory loses its connections long before it is gone.
         broken = any(words in message for words in BROKEN)

@@ -172,6 +172,10 @@ try:
     say("agreed")
 except RanksError as error:
     say(error)
+try:
+    ranks.agree("data", {"rows": [["a\\n"] * 100_000, rank]})
+except RanksError as error:
+    say(error)
 ranks.finish()
 """, world=3)  # fmt: skip
     assert ended.codes == [0, 0, 0], ended.said
@@ -182,6 +186,7 @@ ranks.finish()
     second = "says the ranks have different data: held out is None on rank 0 and 3 on rank 1; "
     for lines in ended.lines:  # every rank says the same, so that none goes on alone
         assert lines[0] == first and lines[1].startswith(second)
+        assert len(lines) == 3 and "rows is [['a" in lines[2] and len(lines[2]) < 500, "whatever the values are"
 
 
 # ---- a launch that cannot work
