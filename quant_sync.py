@@ -330,7 +330,10 @@ class SyncPlan:
         if name := self._engine_watch.moved():
             problem = SyncError(f"{name} was replaced or moved since the plan was built; build a new engine and plan")
         elif name := self._policy_watch.moved():
-            problem = SyncError(f"the policy's {name} was replaced or moved since the plan was built; build a new plan")
+            advice = ", or reshard() a policy that FSDP2 has left whole" if self._policy_watch.sharded else ""
+            problem = SyncError(
+                f"the policy's {name} was replaced or moved since the plan was built; build a new plan{advice}"
+            )
         _raise_on_all(self._ranks, problem)
         self._write_resident()
         for wave in self._each_staged(self._staged):
@@ -377,7 +380,8 @@ class SyncPlan:
             told = _told(self._ranks, wrong)
             if not told:
                 raise SyncError("the sync's kernels and their torch reference do not agree; this is a fault of theirs")
-            raise SyncError(f"{len(told)} engine parameter(s) do not hold the policy's weights: {_first(told)}")
+            names = {text.partition(":")[0] for text in told}  # ranks may differ in what is wrong with one
+            raise SyncError(f"{len(names)} engine parameter(s) do not hold the policy's weights: {_first(told)}")
         return len(self._resident.rows) + sum(len(w.rows) for w in staged)
 
     def _each_staged(self, waves: Sequence[_Wave]) -> Iterator[_Wave]:

@@ -182,13 +182,17 @@ def rounded_sources(model: torch.nn.Module, bits: int, skip: Sequence[str]) -> "
 
 class Watch:
     """Tensors that must stay what and where they are: by identity, where their owner could replace them, and by
-    address. Cheap: it is asked at every sync."""
+    address (of a DTensor that of this rank's shard). Cheap: it is asked at every sync.
+
+    Attributes:
+        sharded: some are DTensors.
+    """
 
     def __init__(self) -> None:
         self._names: list[str] = []
         self._places: list[tuple[Mapping[str, Any], str]] = []
         self._tensors: list[torch.Tensor] = []
-        self._sharded = False
+        self.sharded = False
         self._addresses: list[int] = []
 
     def add(self, name: str, tensor: torch.Tensor, owner: Mapping[str, Any] | None = None, leaf: str = "") -> None:
@@ -196,7 +200,7 @@ class Watch:
         self._names.append(name)
         self._places.append(({leaf: tensor} if owner is None else owner, leaf))
         self._tensors.append(tensor)
-        self._sharded |= is_sharded(tensor)
+        self.sharded |= is_sharded(tensor)
         self._addresses.append(local(tensor).data_ptr())
 
     def add_module(self, module: torch.nn.Module) -> None:
@@ -209,7 +213,7 @@ class Watch:
     def moved(self) -> str | None:
         """The name of the first tensor that was replaced or has moved."""
         now = [owner.get(leaf) for owner, leaf in self._places]
-        held = map(local, self._tensors) if self._sharded else self._tensors
+        held = map(local, self._tensors) if self.sharded else self._tensors
         addresses = list(map(torch.Tensor.data_ptr, held))
         if addresses == self._addresses and all(map(operator.is_, now, self._tensors)):
             return None

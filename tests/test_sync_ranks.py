@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import lora
 import quant_formats as formats
 import tensor_parallel
 from quant_sync import VERIFY_EVERY, SyncError, SyncPlan
@@ -384,7 +385,6 @@ class World:
 
     def __init__(self, folder):
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
 
         import cpu_backend
         from policy import load_model
@@ -392,11 +392,16 @@ class World:
         self.folder, self.ranks = folder, Ranks.start(tp=TP)
         cpu_backend.prepare()
         self.whole, self.sharded = (load_model(folder, torch.device("cpu")) for _ in range(2))
-        mesh = init_device_mesh("cpu", (self.ranks.world,))
-        for layer in self.sharded.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(self.sharded, mesh=mesh)
+        self.mesh = init_device_mesh("cpu", (self.ranks.world,))
+        self.shard(self.sharded)
         self._alive = []
+
+    def shard(self, model):
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=self.mesh)
+        fully_shard(model, mesh=self.mesh)
 
     def start(self, quant):
         import vllm
@@ -441,6 +446,9 @@ def in_a_world(folder, quants):
         check_bytes(world, quant)
         check_faults(world)
         check_tokens(world, quant)
+        if quant == "fp8":
+            check_training(world)
+            check_adapters(world)
     world.ranks.barrier()
     sys.stderr.write("every rank agrees\n")
     sys.stderr.flush()
@@ -521,6 +529,58 @@ def check_faults(world):
     assert text == "1 policy tensor(s) go nowhere in the engine: extra.weight (rank 0)"
     plan.sync()
     assert plan.verify(full=True) == len(plan.rows)
+
+
+def check_training(world):
+    """Forward and backward passes of FSDP2 and a step on each rank's shards leave every tensor where the plan reads it;
+    a root that was left whole is refused on every rank."""
+    ids = torch.tensor([[5, 17, 42, 9]])
+    world.sharded.set_attn_implementation("sdpa")
+    world.sharded(ids).logits.float().square().mean().backward()
+    whole = dict(world.whole.named_parameters())
+    with torch.no_grad():
+        for name, p in world.sharded.named_parameters():
+            assert p.grad is not None, name
+            p.to_local().add_(1e-2)
+            whole[name].add_(1e-2)
+    stale = world.error(lambda: world.plan.verify(full=True))
+    assert stale.startswith(f"{sum('attn._' not in r.name for r in world.plan.rows)} engine parameter(s) do not hold")
+    world.plan.sync()
+    held = snapshot(world.engine)
+    assert world.plan.verify(full=True) == len(world.plan.rows)
+    SyncPlan.build(world.whole, world.engine, world.ranks).sync()
+    assert differing(snapshot(world.engine), held) == []
+    with torch.no_grad():
+        world.sharded(ids)
+    assert re.match(r"the policy's .* was replaced or moved .* or reshard\(\) a policy", world.error(world.plan.sync))
+    world.sharded.reshard()
+    world.plan.sync()
+
+
+def check_adapters(world):
+    """The whole model that adapters make of a base, from shards of all of them."""
+    from policy import load_model
+
+    models = [load_model(world.folder, torch.device("cpu")) for _ in range(2)]
+    for model in models:
+        lora.add_adapters(model, lora.LoraSettings(rank=3, alpha=5.0))  # 2 ranks do not divide A's rows
+        with torch.no_grad():
+            g = torch.Generator().manual_seed(2)
+            for p in (p for name, p in model.named_parameters() if "lora_" in name):
+                p.copy_(torch.randn(p.shape, generator=g) * 0.1)
+    whole, sharded = models
+    world.shard(sharded)
+    plan = SyncPlan.build(lora.sources(whole), world.engine, world.ranks)
+    plan.sync()
+    held = snapshot(world.engine)
+    plan = SyncPlan.build(lora.sources(sharded), world.engine, world.ranks)
+    poison(world.engine)
+    plan.sync()
+    assert differing(snapshot(world.engine), held) == []
+    assert plan.verify(full=True) == plan.prove(world.load_by_vllm) == len(plan.rows)
+    merged = dict(lora.merged_weights(sharded))
+    for name, tensor in lora.merged_weights(whole):
+        assert torch.equal(merged[name], tensor), name
 
 
 def check_tokens(world, quant):

@@ -17,6 +17,7 @@ from torch import nn
 
 import quant_sync
 from quant_sync import Source, SyncError, SyncPlan, _balanced, _packed
+from ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -574,8 +575,10 @@ def in_a_world(rank, size, folder):
     with torch.no_grad():
         gathered_rows(mesh, size)
         merged_and_rounded_shards(mesh)
+    by_fsdp(mesh)
     moved_shards(mesh)
     refused_shards(mesh)
+    told_to_all(mesh, rank, size)
     dist.barrier()
     dist.destroy_process_group()
     print("every byte is equal")
@@ -606,6 +609,42 @@ def merged_and_rounded_shards(mesh):
             Source.rounded(name, base, 4).fill(wanted)
             Source.rounded(name, sharded(base, mesh), 4).fill(out.fill_(torch.nan))
             assert torch.equal(out, wanted) and not torch.equal(out, base)
+
+
+def by_fsdp(mesh):
+    """FSDP2's own shards, padded where ranks do not divide the rows."""
+    from torch.distributed.fsdp import fully_shard
+
+    policy, engine = tree(small_policy()), small_engine("fp8")
+    fully_shard(policy.get_submodule("model.layers.1"), mesh=mesh)
+    fully_shard(policy, mesh=mesh)
+    plan = SyncPlan.build(policy, engine)
+    assert not any(row.resident for row in plan.rows)
+    plan.sync()
+    assert differing(snapshot(engine), expected_bytes("fp8", small_policy())) == []
+
+
+def told_to_all(mesh, rank, size):
+    """Each rank has an engine of its own; what is wrong with one, or with all, every rank says in the same words."""
+    ranks = Ranks(rank, size)
+    engine = small_engine("fp8")
+    plan = SyncPlan.build({n: sharded(t, mesh) for n, t in small_policy().items()}, engine, ranks)
+    plan.sync()
+    assert plan.verify(full=True) == len(plan.rows)
+    last, every = "model.layers.0.mlp.down_proj.weight", "model.norm.weight"
+    raw(engine.get_parameter(every))[0] ^= 1
+    raw(engine.get_parameter(last))[0] ^= rank == size - 1
+    with pytest.raises(SyncError) as error:
+        plan.verify(full=True)
+    text = str(error.value)
+    assert ranks.gather(text) == [text] * size
+    assert text.startswith("2 engine parameter(s) do not hold the policy's weights: ")
+    if size > 1:
+        both = ", ".join(map(str, range(size)))
+        for name, at in ((last, f"rank {size - 1}"), (every, f"ranks {both}")):
+            assert re.search(
+                rf"{re.escape(name)}: differs in 1 elements from the policy's {re.escape(name)} \({at}\)", text
+            )
 
 
 def moved_shards(mesh):
