@@ -441,7 +441,7 @@ def build(
         flush=True,
     )
     if ranks.world > 1:  # the ranks of an engine draw the same random numbers, other engines others
-        torch.manual_seed(args.seed + 1_000_003 * ranks.group)
+        set_seed(args.seed + 1_000_003 * ranks.group)
     return engine, policy, plan, stream, held_out, rewards
 
 
@@ -710,14 +710,17 @@ def main() -> None:
         ranks = Ranks.start(args.tp)
         train(args, ranks)
         ranks.finish()
-    except (*ERRORS, KeyboardInterrupt) as error:
-        ranks.failed(_what_failed(error))
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+    except KeyboardInterrupt:
+        if ranks.world > 1:
+            ranks.failed("interrupted")
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
-        if ranks.world == 1:
+        if ranks.world > 1:
+            ranks.failed(_what_failed(error))
+        if not isinstance(error, ERRORS):
             raise
-        ranks.failed(_what_failed(error))
-        sys.exit(1)
+        sys.exit(_what_failed(error))
 
 
 def flags() -> Args:
