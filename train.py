@@ -100,7 +100,8 @@ def train(args: Args, ranks: Ranks | None = None) -> Path:
     args, memory, skip = plan_device(args, config, ranks)
     used = MemoryLog(memory, args.memory_bytes) if torch.cuda.is_available() else None
     checkpoint = run.checkpoint if run else None
-    parts = build(args, memory, skip, config, tokenizer, used, checkpoint, ranks)
+    with said_on_failure(run, ranks):
+        parts = build(args, memory, skip, config, tokenizer, used, checkpoint, ranks)
     engine, policy, plan, stream, held_out, rewards = parts
     run = run or open_run(args, run_name, ranks)
     texts = TokenTexts(tokenizer)
@@ -235,34 +236,50 @@ def report_lost_checkpoint(run: RunFolder, step: int) -> None:
     """Say which checkpoint the thread could not write. The run goes on, and the next one is tried."""
     error = run.writer_error()
     if error is not None:
-        run.log_event({"step": step, "event": "checkpoint_failed", "message": str(error)})
-        print(f"alarm: {error}; the run goes on, and the next checkpoint is tried", file=sys.stderr, flush=True)
+        lost = redacted(str(error))  # said first: on a full disk the event may not find room either
+        print(f"alarm: {lost}; the run goes on, and the next checkpoint is tried", file=sys.stderr, flush=True)
+        run.log_event({"step": step, "event": "checkpoint_failed", "message": lost})
+
+
+@contextmanager
+def said_on_failure(run: RunFolder | None, ranks: Ranks) -> Iterator[None]:
+    """However it ends, the run folder and the command that goes on are said, where there is a run."""
+    try:
+        yield
+    except BaseException as error:
+        if run is not None and ranks.world > 1:
+            ranks.failed(f"{_what_failed(error)}\n{how_to_go_on(run)}")
+        elif run is not None:
+            print(how_to_go_on(run), file=sys.stderr, flush=True)
+        raise
 
 
 @contextmanager
 def saved_on_failure(progress: Progress, run: RunFolder, ranks: Ranks) -> Iterator[None]:
-    """A failure of the engine, the sync or the memory ends the run, but not without what it has learned; however it
-    ends, the run folder and the command that goes on are said. One rank of several cannot save by itself: the last
-    checkpoint stands."""
-    try:
-        yield
-    except BaseException as error:
-        if ranks.world > 1:
-            ranks.failed(f"{_what_failed(error)}\n{how_to_go_on(run)}")
+    """A failure of whatever kind ends the run, but not without what it has learned, unless the failure is that it could
+    not be saved. One rank of several cannot save by itself: the last checkpoint stands."""
+    with said_on_failure(run, ranks):
+        try:
+            yield
+        except Exception as error:
+            if ranks.world > 1:
+                raise
+            if not progress.save_failed and (progress.loop.step or progress.ahead()):
+                try:
+                    print(f"checkpoint {progress.save()}", file=sys.stderr, flush=True)
+                except Exception as lost:  # whatever it is, the failure that ended the run is the one to raise
+                    why = redacted(f"{type(lost).__name__}: {lost}")
+                    print(f"error: no checkpoint: {why}", file=sys.stderr, flush=True)
+                lost = run.writer_error()
+                if lost is not None:
+                    print(f"error: {redacted(str(lost))}", file=sys.stderr, flush=True)
+            of_memory = isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+            if isinstance(error, torch.OutOfMemoryError) or of_memory:
+                raise MemoryPlanError(
+                    f"out of memory in the middle of a step: {error}. Smaller --micro-batch-tokens or --kv-cache-gib, "
+                    "--gradient-checkpointing True or --sleep 2 make room"
+                ) from error
             raise
-        known = isinstance(error, (RuntimeError, RewardError))  # EngineError, SyncError; torch's and vLLM's own too
-        if known and not isinstance(error, RunFolderError) and (progress.loop.step or progress.ahead()):
-            try:
-                print(f"checkpoint {progress.save()}", file=sys.stderr, flush=True)
-            except Exception as lost:  # whatever it is, the failure that ended the run is the one to raise
-                print(f"error: no checkpoint: {type(lost).__name__}: {lost}", file=sys.stderr, flush=True)
-        print(how_to_go_on(run), file=sys.stderr, flush=True)
-        if isinstance(error, torch.OutOfMemoryError) or (known and "out of memory" in str(error).lower()):
-            raise MemoryPlanError(
-                f"out of memory in the middle of a step: {error}. Smaller --micro-batch-tokens or --kv-cache-gib, "
-                "--gradient-checkpointing True or --sleep 2 make room"
-            ) from error
-        raise
 
 
 def train_step(
@@ -718,9 +735,8 @@ def main() -> None:
     except Exception as error:
         if ranks.world > 1:
             ranks.failed(_what_failed(error))
-        if not isinstance(error, ERRORS):
-            raise
-        alike = os.environ.get("RANK", "0") != "0"  # all find the same before they have met: the first one says it
+        # All ranks find the same before they have met: the first one says it. What is unknown may be of one alone.
+        alike = isinstance(error, ERRORS) and os.environ.get("RANK", "0") != "0"
         sys.exit(1 if alike else _what_failed(error))
 
 
