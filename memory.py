@@ -285,6 +285,50 @@ def _gib(size: float) -> str:
     return f"{size / GIB:.1f}"
 
 
+def _reasons(
+    plan: MemoryPlan, instead: dict[str, MemoryPlan], asked: dict[str, Any], sequences: int, one_sequence: int
+) -> dict[str, str]:
+    """flag -> why its choice is as it is: asked for, fits, or what it saves and how much is lacking without it.
+
+    `instead` has for a flag the plan with that one choice taken back, to what costs less; `asked` what the user gave,
+    None where it was left open. `sequences` and their KV cache, bytes of one, are those of an engine.
+    """
+    why = {flag: "fits" if given is None else "asked for" for flag, given in asked.items()}
+    open_choice = {flag for flag, given in asked.items() if given is None}
+    if "--sleep" in open_choice:
+        saved, short = plan.engine_weights + plan.kv_cache, instead["--sleep"].short
+        why["--sleep"] = "fits: nothing sleeps" if plan.sleep_level == 0 else (
+            f"saves {_gib(saved)} GiB while the policy trains; {_gib(short)} GiB short if the engine stayed, with all "
+            "of its KV cache"
+        )  # fmt: skip
+    if plan.offload and "--offload-optimizer" in open_choice:
+        here = instead["--offload-optimizer"]
+        host = f"{_gib(plan.host)} in host memory" + (f", {plan.world} times" if plan.world > 1 else "")
+        saved = here.optimizer - plan.optimizer
+        why["--offload-optimizer"] = f"saves {_gib(saved)} GiB ({host}); {_gib(here.short)} GiB short without"
+    if plan.checkpointing and "--gradient-checkpointing" in open_choice:
+        kept = instead["--gradient-checkpointing"]
+        saved = kept.training_peak - plan.training_peak
+        why["--gradient-checkpointing"] = f"saves {_gib(saved)} GiB; {_gib(kept.short)} GiB short without"
+    tokens, larger = plan.micro_batch_tokens, instead["--micro-batch-tokens"]
+    if "--micro-batch-tokens" not in open_choice:
+        if tokens != asked["--micro-batch-tokens"]:
+            why["--micro-batch-tokens"] = f"one full sequence; {asked['--micro-batch-tokens']} were asked for"
+    elif larger.micro_batch_tokens > tokens:
+        saved = larger.training_peak - plan.training_peak
+        short = f"{_gib(larger.short)} GiB short with {larger.micro_batch_tokens}"
+        why["--micro-batch-tokens"] = f"saves {_gib(saved)} GiB; {short}"
+    elif tokens > MICRO_BATCH_CHOICES[0]:
+        why["--micro-batch-tokens"] = "one full sequence"
+    room = min(sequences, plan.kv_cache // one_sequence)
+    if plan.kv_cache < plan.kv_wanted:
+        wanted = f"{_gib(plan.kv_wanted)} {'wanted' if '--kv-cache-gib' in open_choice else 'asked for'}"
+        why["--kv-cache-gib"] = f"what is left, of {wanted}: room for {room} of {sequences} sequences at full length"
+    elif "--kv-cache-gib" in open_choice:
+        why["--kv-cache-gib"] = f"fits: {sequences} sequences at full length"
+    return why
+
+
 def plan_memory(
     sizes: ModelSizes,
     *,
@@ -351,70 +395,28 @@ def plan_memory(
     places = (False, True) if offload is None and optimizer_states != "8bit" else (bool(offload),)
     for on_host, level, checkpoint, tokens in itertools.product(places, levels, checkpoints, sizes_of_micro_batch):
         plan = planned(level, checkpoint, tokens, on_host)
-        host_has_room = host_free is None or plan.host <= HOST_USABLE * host_free
-        if plan.short <= 0 and host_has_room:
+        if plan.short <= 0:
             break
-
-    # Why each is as it is. What a choice avoids comes before it in that order, so that it was found not to fit.
-    def otherwise(level: int = plan.sleep_level, checkpoint: bool = plan.checkpointing,
-                  tokens: int = plan.micro_batch_tokens, on_host: bool = plan.offload) -> MemoryPlan:  # fmt: skip
-        return planned(level, checkpoint, tokens, on_host)
-
-    def reason_to_sleep() -> str:
-        if sleep != "auto":
-            return "asked for"
-        if plan.sleep_level == 0:
-            return "fits: nothing sleeps"
-        saved, short = plan.engine_weights + plan.kv_cache, otherwise(level=0).short
-        return (
-            f"saves {_gib(saved)} GiB while the policy trains; {_gib(short)} GiB short if the engine stayed, with all "
-            "of its KV cache"
-        )
-
-    def reason_to_offload() -> str:
-        if offload is not None:
-            return "asked for"
-        if not plan.offload:
-            return "fits" if optimizer_states != "8bit" else "8-bit moments stay on the GPU"
-        here = otherwise(on_host=False)
-        each = f", {world} times" if world > 1 else ""
-        saved = here.optimizer - plan.optimizer
-        return f"saves {_gib(saved)} GiB ({_gib(plan.host)} in host memory{each}); {_gib(here.short)} GiB short without"
-
-    def reason_to_recompute() -> str:
-        if checkpointing is not None:
-            return "asked for"
-        if not plan.checkpointing:
-            return "fits"
-        kept = otherwise(checkpoint=False)
-        return f"saves {_gib(kept.training_peak - plan.training_peak)} GiB; {_gib(kept.short)} GiB short without"
-
-    def reason_of_micro_batch() -> str:
-        tokens = plan.micro_batch_tokens
-        if micro_batch_tokens is not None:
-            raised = f"one full sequence; {micro_batch_tokens} were asked for"
-            return "asked for" if tokens == micro_batch_tokens else raised
-        position = sizes_of_micro_batch.index(tokens)
-        if position == 0:
-            return "fits" if tokens == MICRO_BATCH_CHOICES[0] else "one full sequence"
-        larger = otherwise(tokens=sizes_of_micro_batch[position - 1])
-        saved = larger.training_peak - plan.training_peak
-        return f"saves {_gib(saved)} GiB; {_gib(larger.short)} GiB short with {larger.micro_batch_tokens}"
-
-    def reason_of_kv_cache() -> str:
-        asked = kv_cache_gib is not None
-        if plan.kv_cache >= plan.kv_wanted:
-            return "asked for" if asked else f"fits: {max_num_seqs} sequences at full length"
-        room = f"{min(max_num_seqs, plan.kv_cache // one_sequence)} of {max_num_seqs} sequences at full length"
-        return f"what is left, of {_gib(wanted)} {'asked for' if asked else 'wanted'}: room for {room}"
-
-    plan = replace(plan, reasons={
-        "--sleep": reason_to_sleep(),
-        "--offload-optimizer": reason_to_offload(),
-        "--gradient-checkpointing": reason_to_recompute(),
-        "--micro-batch-tokens": reason_of_micro_batch(),
-        "--kv-cache-gib": reason_of_kv_cache(),
-    })  # fmt: skip
+    # What a choice avoids comes before it in that order, and was found not to fit.
+    position = sizes_of_micro_batch.index(tokens)
+    instead = {
+        "--sleep": planned(0, checkpoint, tokens, on_host),
+        "--offload-optimizer": planned(level, checkpoint, tokens, False),
+        "--gradient-checkpointing": planned(level, False, tokens, on_host),
+        "--micro-batch-tokens": planned(level, checkpoint, sizes_of_micro_batch[max(0, position - 1)], on_host),
+    }
+    asked = {
+        "--sleep": None if sleep == "auto" else sleep,
+        "--offload-optimizer": offload,
+        "--gradient-checkpointing": checkpointing,
+        "--micro-batch-tokens": micro_batch_tokens,
+        "--kv-cache-gib": kv_cache_gib,
+    }
+    reasons = _reasons(plan, instead, asked, max_num_seqs, one_sequence)
+    if optimizer_states == "8bit" and offload is None:
+        reasons["--offload-optimizer"] = "8-bit moments stay on the GPU"
+    plan = replace(plan, reasons=reasons)
+    host_has_room = host_free is None or plan.host <= HOST_USABLE * host_free  # without it no plan on the host fits
     if plan.short <= 0 and host_has_room:
         return plan
     lacking = f"{_gib(plan.short)} GiB short of {_gib(plan.usable)} GiB ({USABLE:.0%} of what is free)"
