@@ -135,7 +135,7 @@ def train(args: Args, ranks: Ranks | None = None) -> Path:
                             max_tokens=args.max_response_len, dynamic=args.dynamic_sampling,
                             max_rounds=args.max_sample_rounds, expected_share=progress.loop.expected_share,
                         )  # fmt: skip
-                    if used is not None and step == first:
+                    if used is not None:
                         used.mark("rollout")
                     with clock("sleep"):
                         engine.sleep()
@@ -296,7 +296,7 @@ def train_step(
         batch, metrics = build_batch(groups, args, policy.device)
     correction, ranks = args.gap_correction, policy.ranks
     if args.updates_per_batch > 1 and not correction.kind.direct:
-        batch.old_logprobs = policy.compute_logprobs(batch, args.micro_batch_tokens)
+        batch.old_logprobs = policy.compute_logprobs(batch, max(args.micro_batch_tokens, policy.logprob_tokens))
     sums: dict[str, torch.Tensor] = {}
     norms, losses, applied = [], [], 0
     kept = KeptLogprobs(groups, args.log_samples)
@@ -440,6 +440,7 @@ def build(
             compile=bool(args.compile),
             optimizer_states=args.optimizer_states,
             offload_optimizer=bool(args.offload_optimizer),
+            logprob_tokens=memory.logprob_tokens,
             ranks=ranks,
             root=root,
         )
@@ -576,7 +577,6 @@ def plan_device(args: Args, config: Any, ranks: Ranks | None = None) -> tuple[Ar
             offload=bool(args.offload_optimizer),
             micro_batch_tokens=args.micro_batch_tokens or max(MICRO_BATCH_CHOICES[0], args.max_model_len),
             kv_cache=wanted if args.kv_cache_gib is None else int(args.kv_cache_gib * GIB),
-            reason="a CPU has no sleep mode",
         )
         kv = f"KV cache {plan.kv_cache / 2**20:.0f} MiB"
         print(f"no GPU: engine and policy run on the CPU, nothing sleeps, {kv}", flush=True)
