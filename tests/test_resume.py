@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,7 +25,8 @@ from checkpoint import read_checkpoint
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="bit for bit on a CPU alone: docs/numerics.md")
 
-# Reads commands (JSON lists of flags) from stdin; forks a run for each, and answers its process id, then its status.
+# Reads commands (JSON: log, flags, Python to run before) from stdin; forks a run for each, and answers its process id,
+# then its status.
 FORKS = """
 import os, sys, json
 import runtime
@@ -40,6 +43,7 @@ for line in sys.stdin:
         sys.argv = ["train.py", *command["flags"]]
         status = 0
         try:
+            exec(command["before"])
             train.main()
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -51,6 +55,7 @@ for line in sys.stdin:
             status = 99
         sys.stdout.flush(); sys.stderr.flush()
         os._exit(status)
+    os.setpgid(pid, pid)  # both do: it may be killed with its children before it comes to that
     print(pid, flush=True)
     _, status = os.waitpid(pid, 0)
     print(os.waitstatus_to_exitcode(status), flush=True)
@@ -66,8 +71,8 @@ class Runs:
             stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)},
         )  # fmt: skip
 
-    def start(self, log: Path, *flags: str) -> int:
-        self.process.stdin.write(json.dumps({"log": str(log), "flags": flags}) + "\n")
+    def start(self, log: Path, *flags: str, before: str = "") -> int:
+        self.process.stdin.write(json.dumps({"log": str(log), "flags": flags, "before": before}) + "\n")
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
 
@@ -106,38 +111,75 @@ def steps_seen(folder: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def kill_and_resume(runs: Runs, tmp_path: Path, kills: int, steps: int, rng: random.Random) -> tuple[Path, Path, int]:
-    """(folder never ended, folder killed `kills` times, how often while a checkpoint was being written)"""
-    flags = (*FLAGS, f"--steps={steps}")
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert runs.run(tmp_path / "whole.log", *flags, f"--runs-dir={whole}") == 0, (tmp_path / "whole.log").read_text()
-    log, folder, writing = tmp_path / "killed.log", killed / "x", 0
-    for i in range(kills):
-        before = steps_seen(folder)
-        pid = runs.start(log, *flags, f"--runs-dir={killed}")
-        deadline = time.monotonic() + 120
-        # Until this start has done something; then at any moment of the next steps, every third time in a save.
-        while steps_seen(folder) <= before if before else not folder.exists():
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.005)
-            if not Path(f"/proc/{pid}").exists():
-                break
-        if i % 3 == 0:
-            while not list((folder / "checkpoints").glob("*.tmp")) and Path(f"/proc/{pid}").exists():
-                assert time.monotonic() < deadline
-                time.sleep(0.0005)
-        else:
-            time.sleep(rng.uniform(0.0, 0.5))
-        if i % 3 == 1:  # two signals: the second one ends it at once
+def never_ended(runs: Runs, tmp_path: Path, steps: int) -> Path:
+    log, folder = tmp_path / "whole.log", tmp_path / "whole"
+    assert runs.run(log, *FLAGS, f"--steps={steps}", f"--runs-dir={folder}") == 0, read(log)[-3000:]
+    return folder / "x"
+
+
+@pytest.fixture(scope="module")
+def six(runs, tmp_path_factory) -> Path:
+    """A run of six steps that was never ended."""
+    return never_ended(runs, tmp_path_factory.mktemp("six"), 6)
+
+
+def half_saved(folder: Path) -> bool:
+    return bool(list((folder / "checkpoints").glob("*.tmp")))
+
+
+def until(done: Callable[[], bool], pid: int, log: Path, pause: float = 0.002) -> None:
+    """Wait for it, or for the end of the process."""
+    deadline = time.monotonic() + 300
+    while not done() and Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(pause)
+
+
+def kill_and_resume(
+    runs: Runs, tmp_path: Path, endings: Sequence[str], steps: int, rng: random.Random
+) -> tuple[Path, Counter]:
+    """(folder of a run that was ended so often and then went on to its end, what the endings hit). The endings are
+
+    start    SIGKILL at any moment from the start of the process to about where it has done a step
+    step     SIGKILL at any moment of the steps after this start's first
+    save     SIGKILL while a checkpoint is being written
+    signals  SIGTERM, and once more when the run has said that it stops
+    """
+    flags = (*FLAGS, f"--steps={steps}", f"--runs-dir={tmp_path / 'killed'}")
+    folder, hit, takes = tmp_path / "killed" / "x", Counter(), 5.0  # seconds from a start to its first step
+    for i, ending in enumerate(endings):
+        log, before, began = tmp_path / f"{i}.log", steps_seen(folder), time.monotonic()
+        pid = runs.start(log, *flags)
+        if ending == "start":
+            time.sleep(rng.uniform(0.0, 1.1 * takes))
+        else:  # a start takes out what came after its checkpoint, and then goes on
+            until(lambda before=before, log=log: steps_seen(folder) > before or "\nstep " in read(log), pid, log)
+            takes = time.monotonic() - began
+            if ending == "save":
+                until(lambda: half_saved(folder), pid, log, 0.0005)
+            else:
+                time.sleep(rng.uniform(0.0, 0.5))
+        if ending == "signals":
             os.kill(pid, signal.SIGTERM)
+            until(lambda log=log: "stopping:" in read(log), pid, log, 0.0005)
             os.kill(pid, signal.SIGTERM)
-            assert runs.wait() in (0, 130), log.read_text()[-3000:]
+            status = runs.wait()
+            # 0: it had ended, or nearly. -SIGTERM: it had saved, and was drawing its curves.
+            assert status in (130, 0, -signal.SIGTERM), read(log)[-3000:]
+            hit[f"signals: {status}"] += 1
         else:
             os.killpg(pid, signal.SIGKILL)
-            assert runs.wait() == -signal.SIGKILL, f"it ended by itself: {log.read_text()[-3000:]}"
-        writing += bool(list((folder / "checkpoints").glob("*.tmp")))
-    assert runs.run(log, *flags, f"--runs-dir={killed}") == 0, log.read_text()[-3000:]
-    return whole / "x", folder, writing
+            assert runs.wait() == -signal.SIGKILL, f"it ended by itself: {read(log)[-3000:]}"
+            hit["SIGKILL"] += 1
+            hit["before a step"] += "\nstep " not in read(log)
+            hit["before it went on"] += "run folder" not in read(log)
+        hit["in a save"] += half_saved(folder)
+    assert runs.run(tmp_path / "last.log", *flags) == 0, read(tmp_path / "last.log")[-3000:]
+    return folder, hit
+
+
+def read(log: Path) -> str:
+    return log.read_text() if log.exists() else ""
 
 
 def assert_same(whole: Path, killed: Path, steps: int) -> None:
@@ -151,18 +193,56 @@ def assert_same(whole: Path, killed: Path, steps: int) -> None:
     assert samples[0] == samples[1]
 
 
-def test_killed_and_resumed_is_the_same_run(runs, tmp_path):
-    whole, killed, writing = kill_and_resume(runs, tmp_path, kills=3, steps=6, rng=random.Random(0))
-    assert_same(whole, killed, 6)
-    assert writing >= 1, "the first kill came while a checkpoint was being written"
+def test_killed_and_resumed_is_the_same_run(runs, six, tmp_path):
+    killed, hit = kill_and_resume(runs, tmp_path, ["save", "start", "step"], 6, random.Random(0))
+    assert_same(six, killed, 6)
+    assert hit["SIGKILL"] == 3 and hit["in a save"] >= 1, "the first kill came while a checkpoint was being written"
     assert not [p for p in (killed / "checkpoints").iterdir() if p.name.endswith((".tmp", ".old"))]
 
 
 @pytest.mark.slow
-def test_killed_twenty_times_and_resumed_is_the_same_run(runs, tmp_path):
-    whole, killed, writing = kill_and_resume(runs, tmp_path, kills=21, steps=40, rng=random.Random(1))
-    assert_same(whole, killed, 40)
-    assert writing >= 5
+def test_killed_at_many_moments_and_resumed_is_the_same_run(runs, tmp_path):
+    """24 times with SIGKILL, and 4 times with two signals."""
+    rng = random.Random(1)
+    endings = ["start"] * 10 + ["step"] * 7 + ["save"] * 7 + ["signals"] * 4
+    rng.shuffle(endings)
+    killed, hit = kill_and_resume(runs, tmp_path, endings, 60, rng)
+    print(f"endings: {dict(hit)}")
+    assert_same(never_ended(runs, tmp_path, 60), killed, 60)
+    assert hit["SIGKILL"] == 24 and hit["before a step"] >= 5 and hit["in a save"] >= 5
+
+
+# ---- signals
+
+SLOW_DISK = """
+import run_folder, time
+flush = run_folder._flush
+run_folder._flush = lambda folder: (time.sleep(2), flush(folder))
+"""
+
+
+@pytest.mark.parametrize("when", ["it has said that it stops", "it saves"])
+def test_a_second_signal_ends_at_once_and_the_checkpoint_before_is_whole(runs, six, tmp_path, when):
+    """A flush to the disk takes 2 s here: the second signal surely comes before what the first asks for is saved."""
+    flags = (*FLAGS, "--steps=6", f"--runs-dir={tmp_path}")
+    folder, log = tmp_path / "x", tmp_path / "log"
+    pid = runs.start(log, *flags, before=SLOW_DISK)
+    until(lambda: (folder / "checkpoints" / "step-000001").is_dir() and steps_seen(folder) > 2, pid, log)
+    os.kill(pid, signal.SIGTERM)
+    until(lambda: "stopping:" in read(log), pid, log)
+    if when == "it saves":
+        until(lambda: half_saved(folder), pid, log)
+    os.kill(pid, signal.SIGTERM)
+    began = time.monotonic()
+    assert runs.wait() == 130, read(log)[-3000:]
+    assert time.monotonic() - began < 30
+    said = read(log)
+    assert f"run folder {folder}; go on with: python train.py --resume {folder}" in said and "Traceback" not in said
+    whole = [p for p in (folder / "checkpoints").iterdir() if not p.name.endswith((".tmp", ".old"))]
+    assert whole and {read_checkpoint(p).loop.step for p in whole} == {int(p.name[5:]) for p in whole}
+    assert max(int(p.name[5:]) for p in whole) < 6, "it had more to do"
+    assert runs.run(log, *flags) == 0, read(log)[-3000:]
+    assert_same(six, folder, 6)
 
 
 def test_a_signal_saves_and_the_resumed_run_is_the_same(runs, tmp_path):
