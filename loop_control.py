@@ -145,6 +145,7 @@ class Progress:
         self._stream, self._rewards, self._alarms = stream, rewards, alarms
         self._random: dict[str, torch.Tensor] = {}
         self.loop = LoopState()
+        self.save_failed = False  # the last one that was asked for raised: to try it again would be no better
 
     def finished(self, step: int, **changes: Any) -> None:
         """Step `step` has ended; `changes` are fields of LoopState."""
@@ -182,10 +183,13 @@ class Progress:
 
     def save(self, wait: bool = True) -> Path:
         """A checkpoint of the last finished step. Raises RunFolderError."""
+        self.save_failed = True
         if self.ahead():  # a failure after an update, before its step was written down
             self.finished(self.loop.step + 1)
         snapshot = self._policy.snapshot(self._tokenizer, self.loop, self._random)
-        return self._run.save_checkpoint(self.loop.step, snapshot, wait, self.loop.best_step)
+        folder = self._run.save_checkpoint(self.loop.step, snapshot, wait, self.loop.best_step)
+        self.save_failed = False
+        return folder
 
 
 def _who(world: int, tp: int) -> str:

@@ -1,13 +1,13 @@
 """The memory plan: what each part of a run takes on the GPU, and whether the engine may stay while the policy trains.
 
 Everything is predicted before anything is allocated, from the model's config and the run's sizes; `python train.py`
-prints the table with the choice and its reason, and after the first step what was really used. With several GPUs all
+prints the table with each choice and its reason, and after the first step what was really used. With several GPUs all
 figures are those of one of them, all have the same plan, and FSDP2's shards and --tp divide what can be divided.
 """
 
 import itertools
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,18 @@ GIB = 2**30
 USABLE = 0.96  # of the free memory: the rest is for fragmentation
 HOST_USABLE = 0.85  # of the host's: the other processes of the run live there too
 LIBRARIES = int(0.6 * GIB)  # their handles, loaded kernels and workspaces
-GRAPHS = int(0.9 * GIB)  # the engine's CUDA graphs; they stay even while it sleeps
+# The engine's CUDA graphs and its runner's buffers, which stay even while it sleeps: a constant, and more for each
+# layer and each element of the hidden size. Fitted to what engines took beside weights, KV cache and LIBRARIES (one
+# H200, vLLM 0.26, --max-num-seqs 512), in GiB, with the fit in brackets: 0.5B 1.0 in FP8, 1.1 in bf16, 0.9 in sleep
+# mode (0.95); 1.5B 1.15, 1.05 in sleep mode (1.12); 7B 1.5 (1.51); 32B in sleep mode 2.2 (2.23). tests/test_memory.py
+# has the runs.
+GRAPHS = GIB // 2
+GRAPHS_LAYER = 12 * 2**20
+GRAPHS_WIDTH = 200 * 2**10
+PREFILL_TOKENS = 16384  # of prompts in one pass of the engine: vLLM's own choice on a large GPU, half of it on others
 NCCL = GIB  # buffers and channels of the ranks' communicators, where there are several; not measured
 MICRO_BATCH_CHOICES = (16384, 8192, 4096)  # tokens, in order of preference
+LOGPROB_TOKENS = 65536  # at most in a pass without gradient, unless a micro-batch is larger
 GRADIENT = 4  # bytes a trained parameter, fp32
 
 
@@ -94,20 +103,48 @@ def model_sizes(config: Any, trust_remote_code: bool = False, lora: LoraSettings
 def activation_bytes(s: ModelSizes, tokens: int, checkpointing: bool, compiled: bool) -> int:
     """What the forward pass of a micro-batch keeps for its backward pass, and the head's part of that pass.
 
-    Of a layer and token, in bf16: compiled, its inputs, what goes into and comes out of attention, and gate, up and
-    their product; eager, each operation's own. Measured at the 1.5B shape (docs/results/step_h200.md).
+    Measured at the 1.5B shape (docs/results/step_h200.md).
     """
-    norms = s.query + s.key if s.norms_of_heads else 0
-    if compiled:
-        layer = 4 * s.hidden + 2 * s.query + 2 * s.key + norms + 3 * s.intermediate
-    else:
-        layer = 7 * s.hidden + 3 * s.query + 3 * s.key + 2 * norms + 4 * s.intermediate
-    kept = s.layers * s.hidden + 2 * layer if checkpointing else s.layers * layer  # recomputed with its gradients
-    kept += s.adapted * s.rank / (s.layers if checkpointing else 1)  # an adapter's inner features
     head = 2 * min(CHUNK_ELEMENTS, tokens * s.vocab) * 2  # logits
     if s.trained is None:
         head += 6 * s.vocab * s.hidden  # the weight's gradient
-    return int(2 * tokens * kept + head)
+    return int(2 * tokens * _kept_of_token(s, checkpointing, compiled) + head)
+
+
+def _kept_of_layer(s: ModelSizes, compiled: bool) -> int:
+    """Elements that a layer keeps of a token: compiled, its inputs, what goes into and comes out of attention, and
+    gate, up and their product; eager, each operation's own."""
+    norms = s.query + s.key if s.norms_of_heads else 0
+    if compiled:
+        return 4 * s.hidden + 2 * s.query + 2 * s.key + norms + 3 * s.intermediate
+    return 7 * s.hidden + 3 * s.query + 3 * s.key + 2 * norms + 4 * s.intermediate
+
+
+def _kept_of_token(s: ModelSizes, checkpointing: bool, compiled: bool) -> float:
+    """Elements that a forward pass keeps of a token for its backward pass."""
+    layer = _kept_of_layer(s, compiled)
+    kept = s.layers * s.hidden + 2 * layer if checkpointing else s.layers * layer  # recomputed with its gradients
+    return kept + s.adapted * s.rank / (s.layers if checkpointing else 1)  # an adapter's inner features
+
+
+def logprob_tokens(s: ModelSizes, micro_batch_tokens: int, checkpointing: bool, compiled: bool) -> int:
+    """Tokens of a pass without gradient in the memory of a micro-batch that is trained on: it keeps one layer's
+    activations and two hidden states (what enters, what leaves), where training keeps every layer's; the head's chunks
+    are the same, and its gradient is not there. As many times the micro-batch as that makes, up to LOGPROB_TOKENS."""
+    times = int(_kept_of_token(s, checkpointing, compiled) / (_kept_of_layer(s, compiled) + 2 * s.hidden))
+    return max(micro_batch_tokens, min(LOGPROB_TOKENS, times * micro_batch_tokens))
+
+
+def graphs_bytes(s: ModelSizes) -> int:
+    """The engine's CUDA graphs and its runner's buffers (the constants above)."""
+    return GRAPHS + GRAPHS_LAYER * s.layers + GRAPHS_WIDTH * s.hidden
+
+
+def workspace_bytes(s: ModelSizes, sequences: int, max_model_len: int, tp: int) -> int:
+    """What the engine's passes take while it generates, the larger of two: the logits of all sequences, in bf16 and in
+    fp32; a layer of a pass over prompts, with gate, up, their product and two hidden states."""
+    tokens = min(PREFILL_TOKENS, sequences * max_model_len)
+    return max(6 * sequences * s.vocab, 2 * tokens * (3 * s.intermediate // tp + 2 * s.hidden))
 
 
 def sharding_bytes(s: ModelSizes, world: int) -> int:
@@ -144,69 +181,152 @@ def sequences_at_once(max_num_seqs: int, prompts: int, samples: int, engines: in
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What was decided, and from which figures (bytes, of one GPU)."""
+    """What was decided and why, and from which figures (bytes, of one GPU)."""
 
     sleep_level: int
     checkpointing: bool
     offload: bool
     micro_batch_tokens: int
     kv_cache: int
-    reason: str
     kv_wanted: int = 0
     free: int = 0
     engine_weights: int = 0
+    engine_graphs: int = 0
     engine_workspace: int = 0  # while generating
-    training_state: int = 0
-    training_peak: int = 0
+    policy: int = 0
+    gradients: int = 0
+    optimizer: int = 0  # masters and moments, or what they pass through from the host
+    training_peak: int = 0  # of a micro-batch
     host: int = 0
     world: int = 1  # GPUs that have this plan, each for itself
     sharding: int = 0  # FSDP2's beside its shards, while training
     sync_buffers: int = 0
+    logprob_tokens: int = 0  # of a pass without gradient
+    reasons: dict[str, str] = field(default_factory=dict)  # flag -> why it is as it is
 
     @property
     def engine(self) -> int:
-        """Bytes of the awake engine."""
-        return self.engine_weights + GRAPHS + self.engine_workspace + self.kv_cache
+        """Bytes of the engine while it generates."""
+        return self.engine_weights + self.engine_graphs + self.engine_workspace + self.kv_cache
 
     @property
     def libraries(self) -> int:
         return LIBRARIES + (NCCL if self.world > 1 else 0)
 
+    @property
+    def training_state(self) -> int:
+        return self.policy + self.gradients + self.optimizer
+
+    @property
+    def usable(self) -> int:
+        return int(self.free * USABLE)
+
     def used(self, phase: str) -> int:
         """Predicted bytes in use: "engine" built, "policy" and optimizer too, while in "rollout", while in "train"."""
         state = self.training_state + self.sync_buffers
-        training = self.training_peak + self.sharding
+        training = self.training_peak + self.sharding  # into what torch's allocator kept of the engine's workspace
+        built = self.engine - self.engine_workspace
         return self.libraries + {
-            "engine": self.engine,
-            "policy": self.engine + state,
+            "engine": built,
+            "policy": built + state,
             "rollout": self.engine + state,
-            "train": (self.engine if self.sleep_level == 0 else GRAPHS) + state + training,
+            "train": (built if self.sleep_level == 0 else self.engine_graphs) + state + training,
         }[phase]  # fmt: skip
 
+    @property
+    def peak(self) -> int:
+        return max(self.used("rollout"), self.used("train"))
+
+    @property
+    def short(self) -> int:
+        """Bytes that are lacking; none are where it is not positive."""
+        return self.peak - self.usable
+
+    def choices(self) -> dict[str, str]:
+        """flag -> its value, of all that is chosen here."""
+        return {
+            "--sleep": str(self.sleep_level),
+            "--offload-optimizer": str(self.offload),
+            "--gradient-checkpointing": str(self.checkpointing),
+            "--micro-batch-tokens": str(self.micro_batch_tokens),
+            "--kv-cache-gib": _gib(self.kv_cache),
+        }
+
     def table(self) -> str:
-        """The plan as text, in GiB."""
+        """The plan as text: what takes what, in GiB, and each choice with its reason."""
         several = self.world > 1
         rows = [
             ("engine weights", self.engine_weights),
-            ("engine CUDA graphs, workspace, libraries", GRAPHS + self.engine_workspace + self.libraries),
-            (f"KV cache (wanted {self.kv_wanted / GIB:.1f})", self.kv_cache),
-            ("policy, gradients" + ("" if self.offload else ", master, Adam"), self.training_state),
-            ("activations, logits while training", self.training_peak),
+            (f"KV cache (wanted {_gib(self.kv_wanted)})", self.kv_cache),
+            ("CUDA graphs, the engine's buffers", self.engine_graphs),
+            ("workspace while generating", self.engine_workspace),
+            ("libraries" + (", communicators" if several else ""), self.libraries),
+            ("policy", self.policy),
+            ("gradients", self.gradients),
+            ("optimizer, on its way from the host" if self.offload else "optimizer: master, Adam", self.optimizer),
+            ("activations, logits of a micro-batch", self.training_peak),
             *([("gathered weights, gradients on their way", self.sharding)] if several else []),
             *([("the sync's staging buffers", self.sync_buffers)] if self.sync_buffers else []),
             ("most in use: generating", self.used("rollout")),
             ("             training", self.used("train")),
             ("free on the device", self.free),
         ]
-        lines = [f"  {name:<40}{size / GIB:8.1f} GiB" for name, size in rows]
-        kept = "recomputed" if self.checkpointing else "kept"
-        each = f", {self.world} times" if several else ""
-        where = f", master and Adam in host memory ({self.host / GIB:.1f} GiB{each})" if self.offload else ""
-        choice = (
-            f"  activations {kept}{where}, {self.micro_batch_tokens} tokens a micro-batch; --sleep {self.sleep_level}"
-        )
         title = f"memory plan, per GPU, of {self.world}" if several else "memory plan"
-        return "\n".join([title, *lines, f"{choice}: {self.reason}"])
+        lines = [f"  {name:<40}{_gib(size):>8} GiB" for name, size in rows]
+        chosen = [
+            f"  {f'{flag} {value}':<32}{self.reasons[flag]}"
+            for flag, value in self.choices().items()
+            if flag in self.reasons
+        ]
+        return "\n".join([title, *lines, *chosen])
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f}"
+
+
+def _reasons(
+    plan: MemoryPlan, instead: dict[str, MemoryPlan], asked: dict[str, Any], sequences: int, one_sequence: int
+) -> dict[str, str]:
+    """flag -> why its choice is as it is: asked for, fits, or what it saves and how much is lacking without it.
+
+    `instead` has for a flag the plan with that one choice taken back, to what costs less; `asked` what the user gave,
+    None where it was left open. `sequences` and their KV cache, bytes of one, are those of an engine.
+    """
+    why = {flag: "fits" if given is None else "asked for" for flag, given in asked.items()}
+    open_choice = {flag for flag, given in asked.items() if given is None}
+    if "--sleep" in open_choice:
+        saved, short = plan.engine_weights + plan.kv_cache, instead["--sleep"].short
+        why["--sleep"] = "fits: nothing sleeps" if plan.sleep_level == 0 else (
+            f"saves {_gib(saved)} GiB while the policy trains; {_gib(short)} GiB short if the engine stayed, with all "
+            "of its KV cache"
+        )  # fmt: skip
+    if plan.offload and "--offload-optimizer" in open_choice:
+        here = instead["--offload-optimizer"]
+        host = f"{_gib(plan.host)} in host memory" + (f", {plan.world} times" if plan.world > 1 else "")
+        saved = here.optimizer - plan.optimizer
+        why["--offload-optimizer"] = f"saves {_gib(saved)} GiB ({host}); {_gib(here.short)} GiB short without"
+    if plan.checkpointing and "--gradient-checkpointing" in open_choice:
+        kept = instead["--gradient-checkpointing"]
+        saved = kept.training_peak - plan.training_peak
+        why["--gradient-checkpointing"] = f"saves {_gib(saved)} GiB; {_gib(kept.short)} GiB short without"
+    tokens, larger = plan.micro_batch_tokens, instead["--micro-batch-tokens"]
+    if "--micro-batch-tokens" not in open_choice:
+        if tokens != asked["--micro-batch-tokens"]:
+            why["--micro-batch-tokens"] = f"one full sequence; {asked['--micro-batch-tokens']} were asked for"
+    elif larger.micro_batch_tokens > tokens:
+        saved = larger.training_peak - plan.training_peak
+        short = f"{_gib(larger.short)} GiB short with {larger.micro_batch_tokens}"
+        why["--micro-batch-tokens"] = f"saves {_gib(saved)} GiB; {short}"
+    elif tokens > MICRO_BATCH_CHOICES[0]:
+        why["--micro-batch-tokens"] = "one full sequence"
+    room = min(sequences, plan.kv_cache // one_sequence)
+    if plan.kv_cache < plan.kv_wanted:
+        wanted = f"{_gib(plan.kv_wanted)} {'wanted' if '--kv-cache-gib' in open_choice else 'asked for'}"
+        why["--kv-cache-gib"] = f"what is left, of {wanted}: room for {room} of {sequences} sequences at full length"
+    elif "--kv-cache-gib" in open_choice:
+        why["--kv-cache-gib"] = f"fits: {sequences} sequences at full length"
+    return why
 
 
 def plan_memory(
@@ -241,62 +361,68 @@ def plan_memory(
     leaves. Raises MemoryPlanError if nothing fits.
     """
     s = sizes
-    usable = int(free * USABLE)
-    weights = -(-(2 * s.parameters - one_byte_weights) // tp)
-    workspace = 12 * max_num_seqs * s.vocab  # sampler: a few fp32 copies of the logits, which every rank has whole
-    sharding, staging = sharding_bytes(s, world), sync_bytes(s, world)
-    libraries = LIBRARIES + (NCCL if world > 1 else 0)
     host_free = None if host_free is None else host_free // world
-    least = s.kv_bytes_of_rank(tp) * (max_model_len + 16)
-    wanted = least * max_num_seqs if kv_cache_gib is None else int(kv_cache_gib * GIB)
-    states = STATE_BYTES[optimizer_states]
+    one_sequence = s.kv_bytes_of_rank(tp) * (max_model_len + 16)
+    wanted = one_sequence * max_num_seqs if kv_cache_gib is None else int(kv_cache_gib * GIB)
     learns = s.parameters if s.trained is None else s.trained
+    of_optimizer = int(STATE_BYTES[optimizer_states] * learns / world)
+    slots = int(SLOTS * STATE_BYTES[optimizer_states] * PIECE_ELEMENTS)
 
-    def try_plan(level: int, checkpoint: bool, tokens: int, on_host: bool) -> tuple[bool, MemoryPlan]:
-        slots = int(SLOTS * states * PIECE_ELEMENTS)
-        of_optimizer = int(states * learns / world)
-        state = -(-(2 * s.parameters + GRADIENT * learns) // world) + (slots if on_host else of_optimizer)
-        peak = activation_bytes(s, tokens, checkpoint, compiled)
-        training = peak + sharding
-        others = (training if level == 0 else 0) + libraries + weights + GRAPHS + workspace + state + staging
-        kv = min(wanted, usable - others)
-        if sleep != "auto":
-            reason = "asked for"
-        elif level == 0:
-            reason = "engine, policy and optimizer fit together, so nothing sleeps"
-        else:
-            short = others + training + wanted - usable
-            reason = (
-                f"they do not fit together ({short / GIB:.1f} GiB short); the sync rewrites every weight, so none is "
-                "kept on the host"
-            )
-        host = of_optimizer if on_host else 0
+    def planned(level: int, checkpoint: bool, tokens: int, on_host: bool) -> MemoryPlan:
         plan = MemoryPlan(
-            level, checkpoint, on_host, tokens, kv, reason, wanted, free, weights, workspace, state, peak, host,
-            world, sharding, staging,
+            level, checkpoint, on_host, tokens, 0, wanted, free,
+            engine_weights=-(-(2 * s.parameters - one_byte_weights) // tp),
+            engine_graphs=graphs_bytes(s),
+            engine_workspace=workspace_bytes(s, max_num_seqs, max_model_len, tp),
+            policy=-(-2 * s.parameters // world),
+            gradients=-(-GRADIENT * learns // world),
+            optimizer=slots if on_host else of_optimizer,
+            training_peak=activation_bytes(s, tokens, checkpoint, compiled),
+            host=of_optimizer if on_host else 0,
+            world=world,
+            sharding=sharding_bytes(s, world),
+            sync_buffers=sync_bytes(s, world),
+            logprob_tokens=logprob_tokens(s, tokens, checkpoint, compiled),
         )  # fmt: skip
-        enough = wanted if level == 0 and sleep == "auto" else least
-        fits = kv >= enough and plan.used("train") <= usable
-        return fits and (host_free is None or host <= HOST_USABLE * host_free), plan
+        left = plan.usable - (plan.peak if level == 0 else plan.used("rollout"))
+        needed = wanted if level == 0 and sleep == "auto" else one_sequence
+        return replace(plan, kv_cache=max(needed, min(wanted, left)))
 
     levels = (0, 2) if sleep == "auto" else (int(sleep),)
     checkpoints = (False, True) if checkpointing is None else (checkpointing,)
     choices = MICRO_BATCH_CHOICES if micro_batch_tokens is None else (micro_batch_tokens,)
-    sizes_of_micro_batch = dict.fromkeys(max(tokens, max_model_len) for tokens in choices)  # at least one sequence
+    sizes_of_micro_batch = list(dict.fromkeys(max(tokens, max_model_len) for tokens in choices))  # holds one sequence
     places = (False, True) if offload is None and optimizer_states != "8bit" else (bool(offload),)
-    for on_host in places:
-        for level, checkpoint in itertools.product(levels, checkpoints):
-            for tokens in sizes_of_micro_batch:
-                fits, plan = try_plan(level, checkpoint, tokens, on_host)
-                if fits:
-                    return plan
-    short = max(plan.used("train") - usable, plan.used("rollout") - plan.kv_cache + least - usable)
-    lacking = f"{short / GIB:.1f} GiB short of {usable / GIB:.1f} GiB ({USABLE:.0%} of what is free)"
-    if plan.host and host_free is not None and plan.host > HOST_USABLE * host_free:
+    for on_host, level, checkpoint, tokens in itertools.product(places, levels, checkpoints, sizes_of_micro_batch):
+        plan = planned(level, checkpoint, tokens, on_host)
+        if plan.short <= 0:
+            break
+    # What a choice avoids comes before it in that order, and was found not to fit.
+    position = sizes_of_micro_batch.index(tokens)
+    instead = {
+        "--sleep": planned(0, checkpoint, tokens, on_host),
+        "--offload-optimizer": planned(level, checkpoint, tokens, False),
+        "--gradient-checkpointing": planned(level, False, tokens, on_host),
+        "--micro-batch-tokens": planned(level, checkpoint, sizes_of_micro_batch[max(0, position - 1)], on_host),
+    }
+    asked = {
+        "--sleep": None if sleep == "auto" else sleep,
+        "--offload-optimizer": offload,
+        "--gradient-checkpointing": checkpointing,
+        "--micro-batch-tokens": micro_batch_tokens,
+        "--kv-cache-gib": kv_cache_gib,
+    }
+    reasons = _reasons(plan, instead, asked, max_num_seqs, one_sequence)
+    if optimizer_states == "8bit" and offload is None:
+        reasons["--offload-optimizer"] = "8-bit moments stay on the GPU"
+    plan = replace(plan, reasons=reasons)
+    host_has_room = host_free is None or plan.host <= HOST_USABLE * host_free  # without it no plan on the host fits
+    if plan.short <= 0 and host_has_room:
+        return plan
+    lacking = f"{_gib(plan.short)} GiB short of {_gib(plan.usable)} GiB ({USABLE:.0%} of what is free)"
+    if not host_has_room:
         each = "" if world == 1 else f" for each of {world} ranks"
-        lacking = (
-            f"the optimizer wants {plan.host / GIB:.1f} GiB of host memory{each}, {host_free / GIB:.1f} are available"
-        )
+        lacking = f"the optimizer wants {_gib(plan.host)} GiB of host memory{each}, {_gib(host_free)} are available"
     several = "" if world == 1 else "; a larger --tp; more processes, on more GPUs"
     raise MemoryPlanError(
         f"this run does not fit on the GPU: {lacking} even as follows.\n{plan.table()}\n"
@@ -359,17 +485,23 @@ class MemoryLog:
         free, total = torch.cuda.mem_get_info()
         return total - free
 
+    def in_use(self) -> int:
+        """Bytes that the run has on the device now; what others take meanwhile counts too, nobody can tell it apart."""
+        return self.device_used() - self._before - self.occupied
+
     def mark(self, phase: str) -> None:
         """Note what is in use now; what torch's allocator keeps for itself counts, so peaks are seen afterwards."""
-        self.seen[phase] = max(self.seen.get(phase, 0), self.device_used() - self._before - self.occupied)
+        self.seen[phase] = max(self.seen.get(phase, 0), self.in_use())
 
     def metrics(self) -> dict[str, float]:
-        """`memory/...` of the last step (docs/metrics.md)."""
+        """`memory/...` (docs/metrics.md): peaks so far, and what is in use and reserved by torch now."""
         most = max(("rollout", "train"), key=lambda phase: self.seen.get(phase, 0))
         return {
             "memory/used_peak_gib": self.seen[most] / GIB,
-            "memory/planned_peak_gib": max(self.plan.used(phase) for phase in ("rollout", "train")) / GIB,
+            "memory/planned_peak_gib": self.plan.peak / GIB,
             "memory/torch_peak_gib": (torch.cuda.max_memory_allocated() - self.occupied) / GIB,
+            "memory/device_gib": self.in_use() / GIB,
+            "memory/torch_reserved_gib": (torch.cuda.memory_reserved() - self.occupied) / GIB,
         }
 
     def table(self, everyone: list[dict[str, int]] | None = None) -> str:

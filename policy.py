@@ -170,6 +170,7 @@ class Policy:
         compile: torch.compile of each decoder layer (GPU only: the CPU's attention is a loop).
         optimizer_states: of AdamW's moments: fp32, bf16 or 8bit.
         offload_optimizer: fp32 masters and moments in host memory.
+        logprob_tokens: in a pass without gradient, where the memory plan knows that more than a micro-batch fit.
         ranks: over which the model is sharded, by sharding.shard. All of them call the same methods in the same order.
         root: `model` with its log-probs, where it is sharded; None: made here.
     """
@@ -188,6 +189,7 @@ class Policy:
         compile: bool = False,
         optimizer_states: str = "fp32",
         offload_optimizer: bool = False,
+        logprob_tokens: int = 0,
         ranks: Ranks | None = None,
         root: LogprobModel | None = None,
     ):
@@ -202,6 +204,7 @@ class Policy:
         self.device = next(model.parameters()).device
         self.max_grad_norm = max_grad_norm
         self.lr, self.warmup_steps = lr, warmup_steps
+        self.logprob_tokens = logprob_tokens
         self.updates = 0  # applied
         self.skipped = 0  # not applied: the gradient norm was not finite
         model.config.use_cache = False

@@ -61,14 +61,8 @@ class Ranks:
         ranks = cls(rank, world, tp)
         if world == 1:
             return ranks
-        local = int(os.environ.get("LOCAL_RANK", rank))
         if torch.cuda.is_available():
-            if local >= torch.cuda.device_count():
-                raise RanksError(
-                    f"{world} processes were started and torch sees {torch.cuda.device_count()} GPU(s): one process "
-                    "per GPU; start fewer (--nproc-per-node, --num_processes) or look at CUDA_VISIBLE_DEVICES"
-                )
-            torch.cuda.set_device(local)
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
         ranks._cpu = dist.new_group(backend="gloo", timeout=TIMEOUT)
@@ -195,6 +189,11 @@ def check_launch(world: int, tp: int) -> None:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     if local != world:
         raise RanksError(f"{world} processes on several nodes, {local} of them here: one node is supported")
+    if torch.cuda.is_available() and local > torch.cuda.device_count():
+        raise RanksError(
+            f"{world} processes were started and torch sees {torch.cuda.device_count()} GPU(s): one process per GPU; "
+            "start fewer (--nproc-per-node, --num_processes) or look at CUDA_VISIBLE_DEVICES"
+        )
     if world % tp:
         raise RanksError(
             f"--tp {tp} does not divide the {world} process(es) that were started; one engine takes {tp} of them"

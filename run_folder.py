@@ -137,9 +137,9 @@ class RunFolder:
         self._trackers.log_samples(samples)
 
     def log_event(self, event: dict[str, Any]) -> None:
-        """Append to events.jsonl: step, event, message, numbers."""
+        """Append to events.jsonl: step, event, message, numbers; no key stays in the words of whatever failed."""
         if self.ranks.first:
-            self._append("events.jsonl", event)
+            self._append("events.jsonl", without_secrets(event))
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
         try:
@@ -272,29 +272,32 @@ class RunFolder:
             _flush(aside)
             aside.rename(final)
             _flush_folder(final.parent)
-            self._prune(best)
         except BaseException as error:
             shutil.rmtree(aside, ignore_errors=True)
             if isinstance(error, KeyboardInterrupt):
                 raise
             raise RunFolderError(f"the checkpoint {final} could not be written: {error}") from error
+        try:
+            self._prune(best)
+        except OSError as error:
+            raise RunFolderError(f"{final} is whole, but one that it replaces could not be removed: {error}") from error
 
     def _prune(self, best: int | None) -> None:
         """Remove what need not be kept; each is renamed first, so that none half removed bears the name. `best` is a
-        link to the best one."""
-        steps = self._saved_steps()
-        keep = {*steps[-self.keep_last :], best}
-        for step in steps:
-            if step not in keep:
-                folder = self.path / "checkpoints" / f"step-{step:06d}"
+        link to the best one; if that could not be saved, the link stays at the best of those that were."""
+        steps, link = self._saved_steps(), self.path / "best"
+        if best in steps:
+            aside = link.with_name("best.tmp")
+            aside.unlink(missing_ok=True)
+            aside.symlink_to(Path("checkpoints") / f"step-{best:06d}")
+            aside.replace(link)  # before the one that it showed is removed
+        linked = link.readlink().name if link.is_symlink() else None
+        for step in steps[: -self.keep_last]:
+            folder = self.path / "checkpoints" / f"step-{step:06d}"
+            if folder.name != linked:
                 aside = folder.with_name(folder.name + ".old")
                 folder.rename(aside)
                 shutil.rmtree(aside)
-        if best in steps:
-            link = self.path / "best.tmp"
-            link.unlink(missing_ok=True)
-            link.symlink_to(Path("checkpoints") / f"step-{best:06d}")
-            link.replace(self.path / "best")
 
     def _saved_steps(self) -> list[int]:
         names = (p.name for p in (self.path / "checkpoints").glob("step-*"))
@@ -326,7 +329,10 @@ class RunFolder:
         """The last checkpoint; what was written after it is taken out. Raises CheckpointError where it is damaged."""
         for pattern in ("step-*.tmp", "step-*.old"):
             for folder in (self.path / "checkpoints").glob(pattern):
-                shutil.rmtree(folder)
+                try:
+                    shutil.rmtree(folder)
+                except OSError as error:
+                    raise RunFolderError(f"{folder}, half of a checkpoint, cannot be removed: {error}") from error
         steps = self._saved_steps()
         checkpoint = read_checkpoint(self.path / "checkpoints" / f"step-{steps[-1]:06d}") if steps else None
         for name in ("metrics.jsonl", "samples.jsonl", "events.jsonl"):
@@ -348,16 +354,18 @@ def saved_config(folder: Path) -> dict[str, Any]:
 def _cut(path: Path, last: int | None) -> None:
     """Leave the lines of steps up to `last` (None: none of them); a half-written last line goes too."""
     kept = []
-    for line in path.read_bytes().split(b"\n")[:-1]:  # what follows the last newline is half a line
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is half a line
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be read: {error.strerror}") from error
+    for line in lines:
         try:
             step = json.loads(line)["step"]
         except (ValueError, KeyError, TypeError):
             continue
         if last is not None and step <= last:
             kept.append(line + b"\n")
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_bytes(b"".join(kept))
-    aside.replace(path)
+    _replace(path, b"".join(kept))
 
 
 def _lock(folder: Path, kind: int = fcntl.LOCK_EX) -> int:
@@ -470,11 +478,21 @@ def default_run_name(model: str) -> str:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
+    _replace(path, (json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n").encode())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """The file has its old content or the new, whenever the process or the machine ends."""
     aside = path.with_name(path.name + ".tmp")
     try:
-        aside.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         aside.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
         raise RunFolderError(f"{path} cannot be written: {error.strerror}") from error
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from keys import without_secrets
+from keys import redacted, without_secrets
 
 SAMPLE_COLUMNS = ("step", "id", "prompt", "text", "answer", "reward", "tokens", "finish_reason")
 
@@ -64,7 +64,7 @@ class Trackers:
                 call(tracker)
             except Exception as error:
                 if tracker.flag not in self.failures:
-                    what = f"{type(error).__name__}: {error}".splitlines()[0]
+                    what = redacted(f"{type(error).__name__}: {error}").splitlines()[0]
                     print(f"warning: {tracker.flag} failed and the run goes on: {what}", file=sys.stderr, flush=True)
                 self.failures[tracker.flag] = self.failures.get(tracker.flag, 0) + 1
 

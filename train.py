@@ -100,7 +100,8 @@ def train(args: Args, ranks: Ranks | None = None) -> Path:
     args, memory, skip = plan_device(args, config, ranks)
     used = MemoryLog(memory, args.memory_bytes) if torch.cuda.is_available() else None
     checkpoint = run.checkpoint if run else None
-    parts = build(args, memory, skip, config, tokenizer, used, checkpoint, ranks)
+    with said_on_failure(run, ranks):
+        parts = build(args, memory, skip, config, tokenizer, used, checkpoint, ranks)
     engine, policy, plan, stream, held_out, rewards = parts
     run = run or open_run(args, run_name, ranks)
     texts = TokenTexts(tokenizer)
@@ -134,7 +135,7 @@ def train(args: Args, ranks: Ranks | None = None) -> Path:
                             max_tokens=args.max_response_len, dynamic=args.dynamic_sampling,
                             max_rounds=args.max_sample_rounds, expected_share=progress.loop.expected_share,
                         )  # fmt: skip
-                    if used is not None and step == first:
+                    if used is not None:
                         used.mark("rollout")
                     with clock("sleep"):
                         engine.sleep()
@@ -235,34 +236,50 @@ def report_lost_checkpoint(run: RunFolder, step: int) -> None:
     """Say which checkpoint the thread could not write. The run goes on, and the next one is tried."""
     error = run.writer_error()
     if error is not None:
-        run.log_event({"step": step, "event": "checkpoint_failed", "message": str(error)})
-        print(f"alarm: {error}; the run goes on, and the next checkpoint is tried", file=sys.stderr, flush=True)
+        lost = redacted(str(error))  # said first: on a full disk the event may not find room either
+        print(f"alarm: {lost}; the run goes on, and the next checkpoint is tried", file=sys.stderr, flush=True)
+        run.log_event({"step": step, "event": "checkpoint_failed", "message": lost})
+
+
+@contextmanager
+def said_on_failure(run: RunFolder | None, ranks: Ranks) -> Iterator[None]:
+    """However it ends, the run folder and the command that goes on are said, where there is a run."""
+    try:
+        yield
+    except BaseException as error:
+        if run is not None and ranks.world > 1:
+            ranks.failed(f"{_what_failed(error)}\n{how_to_go_on(run)}")
+        elif run is not None:
+            print(how_to_go_on(run), file=sys.stderr, flush=True)
+        raise
 
 
 @contextmanager
 def saved_on_failure(progress: Progress, run: RunFolder, ranks: Ranks) -> Iterator[None]:
-    """A failure of the engine, the sync or the memory ends the run, but not without what it has learned; however it
-    ends, the run folder and the command that goes on are said. One rank of several cannot save by itself: the last
-    checkpoint stands."""
-    try:
-        yield
-    except BaseException as error:
-        if ranks.world > 1:
-            ranks.failed(f"{_what_failed(error)}\n{how_to_go_on(run)}")
+    """A failure of whatever kind ends the run, but not without what it has learned, unless the failure is that it could
+    not be saved. One rank of several cannot save by itself: the last checkpoint stands."""
+    with said_on_failure(run, ranks):
+        try:
+            yield
+        except Exception as error:
+            if ranks.world > 1:
+                raise
+            if not progress.save_failed and (progress.loop.step or progress.ahead()):
+                try:
+                    print(f"checkpoint {progress.save()}", file=sys.stderr, flush=True)
+                except Exception as lost:  # whatever it is, the failure that ended the run is the one to raise
+                    why = redacted(f"{type(lost).__name__}: {lost}")
+                    print(f"error: no checkpoint: {why}", file=sys.stderr, flush=True)
+                lost = run.writer_error()
+                if lost is not None:
+                    print(f"error: {redacted(str(lost))}", file=sys.stderr, flush=True)
+            of_memory = isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+            if isinstance(error, torch.OutOfMemoryError) or of_memory:
+                raise MemoryPlanError(
+                    f"out of memory in the middle of a step: {error}. Smaller --micro-batch-tokens or --kv-cache-gib, "
+                    "--gradient-checkpointing True or --sleep 2 make room"
+                ) from error
             raise
-        known = isinstance(error, (RuntimeError, RewardError))  # EngineError, SyncError; torch's and vLLM's own too
-        if known and not isinstance(error, RunFolderError) and (progress.loop.step or progress.ahead()):
-            try:
-                print(f"checkpoint {progress.save()}", file=sys.stderr, flush=True)
-            except Exception as lost:  # whatever it is, the failure that ended the run is the one to raise
-                print(f"error: no checkpoint: {type(lost).__name__}: {lost}", file=sys.stderr, flush=True)
-        print(how_to_go_on(run), file=sys.stderr, flush=True)
-        if isinstance(error, torch.OutOfMemoryError) or (known and "out of memory" in str(error).lower()):
-            raise MemoryPlanError(
-                f"out of memory in the middle of a step: {error}. Smaller --micro-batch-tokens or --kv-cache-gib, "
-                "--gradient-checkpointing True or --sleep 2 make room"
-            ) from error
-        raise
 
 
 def train_step(
@@ -279,7 +296,7 @@ def train_step(
         batch, metrics = build_batch(groups, args, policy.device)
     correction, ranks = args.gap_correction, policy.ranks
     if args.updates_per_batch > 1 and not correction.kind.direct:
-        batch.old_logprobs = policy.compute_logprobs(batch, args.micro_batch_tokens)
+        batch.old_logprobs = policy.compute_logprobs(batch, max(args.micro_batch_tokens, policy.logprob_tokens))
     sums: dict[str, torch.Tensor] = {}
     norms, losses, applied = [], [], 0
     kept = KeptLogprobs(groups, args.log_samples)
@@ -423,6 +440,7 @@ def build(
             compile=bool(args.compile),
             optimizer_states=args.optimizer_states,
             offload_optimizer=bool(args.offload_optimizer),
+            logprob_tokens=memory.logprob_tokens,
             ranks=ranks,
             root=root,
         )
@@ -441,7 +459,7 @@ def build(
         flush=True,
     )
     if ranks.world > 1:  # the ranks of an engine draw the same random numbers, other engines others
-        torch.manual_seed(args.seed + 1_000_003 * ranks.group)
+        set_seed(args.seed + 1_000_003 * ranks.group)
     return engine, policy, plan, stream, held_out, rewards
 
 
@@ -559,7 +577,6 @@ def plan_device(args: Args, config: Any, ranks: Ranks | None = None) -> tuple[Ar
             offload=bool(args.offload_optimizer),
             micro_batch_tokens=args.micro_batch_tokens or max(MICRO_BATCH_CHOICES[0], args.max_model_len),
             kv_cache=wanted if args.kv_cache_gib is None else int(args.kv_cache_gib * GIB),
-            reason="a CPU has no sleep mode",
         )
         kv = f"KV cache {plan.kv_cache / 2**20:.0f} MiB"
         print(f"no GPU: engine and policy run on the CPU, nothing sleeps, {kv}", flush=True)
@@ -710,14 +727,17 @@ def main() -> None:
         ranks = Ranks.start(args.tp)
         train(args, ranks)
         ranks.finish()
-    except (*ERRORS, KeyboardInterrupt) as error:
-        ranks.failed(_what_failed(error))
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+    except KeyboardInterrupt:
+        if ranks.world > 1:
+            ranks.failed("interrupted")
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
-        if ranks.world == 1:
-            raise
-        ranks.failed(_what_failed(error))
-        sys.exit(1)
+        if ranks.world > 1:
+            ranks.failed(_what_failed(error))
+        # All ranks find the same before they have met: the first one says it. What is unknown may be of one alone.
+        alike = isinstance(error, ERRORS) and os.environ.get("RANK", "0") != "0"
+        sys.exit(1 if alike else _what_failed(error))
 
 
 def flags() -> Args:

@@ -14,6 +14,7 @@ scored by its data's own reward.
 
     python scripts/bench_step.py --shape qwen2.5-0.5b qwen2.5-1.5b --quant none fp8 --out step.json      # one GPU
     python scripts/bench_step.py --model Qwen/Qwen2.5-0.5B-Instruct --data gsm8k --max-response-len 1024
+    python scripts/bench_step.py --shape qwen2.5-1.5b --quant fp8 --ranks 1 2    # then two GPUs; memory: the first's
     python scripts/bench_step.py --shape tiny                                                            # a CPU will do
 """
 
@@ -26,6 +27,7 @@ import runtime  # first: it sets what torch reads at import
 # isort: split
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -266,27 +268,35 @@ def run_timed(command: Sequence[str], log: Path, steps: int, to_the_end: bool = 
     return Timed(ends, idle, peak)
 
 
-def train_command(work: Workload, quant: str, runs: Path, flags: Sequence[str] = ()) -> list[str]:
-    """train.py on `work`, with the defaults of a user's run otherwise."""
+def train_command(work: Workload, quant: str, runs: Path, flags: Sequence[str] = (), ranks: int = 1) -> list[str]:
+    """train.py on `work`, with the defaults of a user's run otherwise, in `ranks` processes."""
     reward = ["--reward", work.reward] if work.reward else []
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     return [
-        sys.executable, str(ROOT / "train.py"), "--model", work.model, "--data", work.data, *reward,
+        sys.executable, *several, str(ROOT / "train.py"), "--model", work.model, "--data", work.data, *reward,
         "--rollout-quant", quant, "--prompts-per-step", str(work.prompts), "--samples-per-prompt", str(work.samples),
         "--max-prompt-len", str(work.max_prompt_len), "--max-response-len", str(work.max_response_len),
         "--steps", str(work.steps), "--no-dynamic-sampling", "--eval-every", "0",
-        "--runs-dir", str(runs), "--run-name", f"{work.name}-{quant}", *flags,
+        "--runs-dir", str(runs), "--run-name", run_name(work, quant, ranks), *flags,
     ]  # fmt: skip
 
 
+def run_name(work: Workload, quant: str, ranks: int) -> str:
+    return f"{work.name}-{quant}" + (f"-{ranks}" if ranks > 1 else "")
+
+
 def run_train(
-    work: Workload, quant: str, folder: Path, flags: Sequence[str] = (), peak_tflops: float = 790.0
+    work: Workload, quant: str, folder: Path, flags: Sequence[str] = (), peak_tflops: float = 790.0, ranks: int = 1
 ) -> dict[str, Any]:
     """The figures of one run of train.py."""
-    run = folder / "runs" / f"{work.name}-{quant}"
+    run = folder / "runs" / run_name(work, quant, ranks)
     shutil.rmtree(run, ignore_errors=True)  # of an earlier run in the same --work
-    command = train_command(work, quant, run.parent, flags)
-    timed = run_timed(command, folder / f"{work.name}-{quant}.log", work.steps, to_the_end=False)  # no checkpoint
-    return {"command": shlex.join(command[1:])} | figures(work, timed, run, peak_tflops)
+    command = train_command(work, quant, run.parent, flags, ranks)
+    # One process is ended before it writes its checkpoint; a launcher that is killed would leave its ranks behind.
+    timed = run_timed(command, run.parent.parent / f"{run.name}.log", work.steps, to_the_end=ranks > 1)
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    found = {"command": shlex.join(command[1:])} | figures(work, timed, run, peak_tflops)
+    return found | {"ranks": ranks, "mfu": found["mfu"] and found["mfu"] / ranks}
 
 
 # ---- figures
@@ -409,13 +419,14 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
     """The figures, and the seconds of each phase, as two tables."""
     rows = [
         {
-            "model": r["model"], "rollouts": r["quant"], "s/step": r["step_s"], "samples/s": r["samples_per_s"],
+            "model": r["model"], "rollouts": r["quant"], "GPUs": r.get("ranks", 1),
+            "s/step": r["step_s"], "samples/s": r["samples_per_s"],
             "tokens/s": r["tokens_per_s"], "rollout tokens/s": r["rollout_tokens_per_s"],
             "MFU": percent(r["mfu"]), "neither": percent(r["neither_share"]), "device GiB": r["device_peak_gib"],
         }
         for r in results
     ]  # fmt: skip
-    named = [{"model": r["model"], "rollouts": r["quant"]} | r["phases_s"] for r in results]
+    named = [{"model": r["model"], "rollouts": r["quant"], "GPUs": r.get("ranks", 1)} | r["phases_s"] for r in results]
     inside = ", ".join(f"{part} is part of {whole}" for part, whole in PART_OF.items())
     text = f"{table(rows)}\n\nSeconds of each phase ({inside}):\n\n{table(named)}"
     if any(r["phases_s"]["other"] < -0.01 * r["step_s"] for r in results):
@@ -443,6 +454,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--quant", nargs="+", choices=QUANTIZATION, default=["none", "fp8"])
+    parser.add_argument(
+        "--ranks", nargs="+", type=int, default=[1], help="processes, one per GPU; each number is a run"
+    )
     parser.add_argument("--flags", default="", help="more flags of train.py, in one string")
     parser.add_argument("--peak-tflops", type=float, default=790.0)
     args = parser.parse_args()
@@ -450,8 +464,8 @@ def main() -> None:
     try:
         with work_folder(args.work) as folder:
             for work in make_workloads(args, folder):
-                for quant in args.quant:
-                    found = run_train(work, quant, folder, shlex.split(args.flags), args.peak_tflops)
+                for quant, ranks in itertools.product(args.quant, args.ranks):
+                    found = run_train(work, quant, folder, shlex.split(args.flags), args.peak_tflops, ranks)
                     results.append({"model": work.name, "quant": quant} | found)
                     write_json(args.out, {"arguments": vars(args), "results": results})
     except (BenchError, DataError) as error:

@@ -7,6 +7,7 @@ metrics. Such a model learns nothing: the reward is a coin (make_random_model.py
         --max-prompt-len 512 --max-response-len 1024 --no-dynamic-sampling --no-prove-sync
     python scripts/train_random.py qwen2.5-0.5b --steps 1 --prompts-per-step 2 --samples-per-prompt 2 \\
         --max-prompt-len 64 --max-response-len 8                                                   # a CPU will do
+    torchrun --standalone --nproc-per-node 2 scripts/train_random.py qwen3-32b --tp 2 --lora-rank 32 ...
 """
 
 import sys
@@ -16,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import runtime  # noqa: F401  (first: it sets what torch and vLLM read at import)
 
 # isort: split
+import contextlib
+import os
 import tempfile
 from typing import Any
 
@@ -41,14 +44,26 @@ def main() -> None:
         return made
 
     train.load_model = load_model
-    with tempfile.TemporaryDirectory() as folder:
-        from transformers import AutoTokenizer
-
-        save_config(shape, folder)
-        AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
+    with tempfile.TemporaryDirectory() as aside:
+        folder = model_folder(shape, Path(aside))
         data = ["--data", "arithmetic", "--reward", COIN, "--eval-every", "0", "--save-every", "0"]
-        sys.argv = ["train.py", "--model", folder, *data, "--run-name", f"{shape}-random", *flags]
+        sys.argv = ["train.py", "--model", str(folder), *data, "--run-name", f"{shape}-random", *flags]
         train.main()
+
+
+def model_folder(shape: str, aside: Path) -> Path:
+    """Config and tokenizer, in `aside`; of several ranks in one folder that all name alike, by their launcher."""
+    from transformers import AutoTokenizer
+
+    made = aside / shape
+    save_config(shape, str(made))
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(made)
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return made
+    shared = Path(tempfile.gettempdir()) / f"rollout8-{shape}-{os.getppid()}"
+    with contextlib.suppress(OSError):  # another rank was first
+        made.rename(shared)
+    return shared
 
 
 if __name__ == "__main__":

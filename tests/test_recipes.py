@@ -14,7 +14,7 @@ import tyro
 from transformers import AutoConfig
 
 from config import Args, check_ranks
-from memory import GIB, model_sizes, plan_memory, sequences_at_once
+from memory import GIB, MemoryPlan, MemoryPlanError, model_sizes, plan_memory, sequences_at_once
 
 FOLDER = Path(__file__).parent.parent / "scripts" / "recipes"
 RECIPES = sorted(FOLDER.glob("*.sh"))
@@ -156,13 +156,31 @@ def test_the_recipe_of_a_node_is_that_of_one_gpu():
 
 @pytest.mark.parametrize(("name", "world", "card"), PLANNED, ids=str)
 def test_what_a_head_says_of_memory_is_what_the_plan_says(name, world, card):
-    recipe = FOLDER / f"{name}.sh"
-    args, free = parse(flags(recipe)), FREE[card]
+    recipe, free = FOLDER / f"{name}.sh", FREE[card]
+    head = " ".join(line.lstrip("# ") for line in recipe.read_text().split("set -euo")[0].splitlines())
+    hardware = re.search(r"Hardware: (.*?)This script", head)[1]
+    assert "By the plan, not run: " in hardware
+    said = hardware.split(f"on {world} x {card}")[1].split(" on 8 x ")[0] if world > 1 else hardware
+    short = re.search(r"it is ([\d.]+) GiB short, and fits with (--\S+ \d+):", said)
+    if short:
+        with pytest.raises(MemoryPlanError, match=f"{re.escape(short[1])} GiB short"):
+            planned(parse(flags(recipe)), free, world)
+    args = parse(flags(recipe, *(short[2].split() if short else ())))
+    plan = planned(args, free, world)
+    assert f"{plan.peak / GIB:.0f} of {free} GiB" in said
+    assert (f"in host memory, {world * plan.host / GIB:.0f} GiB in all" in said) == plan.offload
+    if plan.kv_cache < plan.kv_wanted and world > 1:
+        assert f"{plan.kv_cache / GIB:.0f} of them KV cache" in said
+    assert ("nothing sleeps" in said) == (plan.sleep_level == 0)
+
+
+def planned(args: Args, free: int, world: int) -> MemoryPlan:
+    """The plan of a recipe's flags on `world` GPUs of `free` GiB each."""
     family, sizes_of = SHAPES[args.model]
     config = AutoConfig.for_model(family, **sizes_of)
     check_ranks(args, config, world)
     sizes = model_sizes(config, lora=args.lora)
-    plan = plan_memory(
+    return plan_memory(
         sizes, free=free * GIB, one_byte_weights=sum(sizes.linear_layers.values()), max_model_len=args.max_model_len,
         max_num_seqs=sequences_at_once(
             args.max_num_seqs, args.prompts_per_step, args.samples_per_prompt, world // args.tp
@@ -170,16 +188,6 @@ def test_what_a_head_says_of_memory_is_what_the_plan_says(name, world, card):
         micro_batch_tokens=args.micro_batch_tokens, checkpointing=args.gradient_checkpointing,
         offload=args.offload_optimizer, sleep=args.sleep, host_free=1000 * GIB, world=world, tp=args.tp,
     )  # fmt: skip
-    head = " ".join(line.lstrip("# ") for line in recipe.read_text().split("set -euo")[0].splitlines())
-    hardware = re.search(r"Hardware: (.*?)This script", head)[1]
-    assert "By the plan, not run: " in hardware
-    said = hardware.split(f"on {world} x {card}")[1].split(" on 8 x ")[0] if world > 1 else hardware
-    most = max(plan.used("rollout"), plan.used("train"))
-    assert f"{most / GIB:.0f} of {free} GiB" in said
-    assert (f"in host memory, {world * plan.host / GIB:.0f} GiB in all" in said) == plan.offload
-    if plan.kv_cache < plan.kv_wanted and world > 1:
-        assert f"{plan.kv_cache / GIB:.0f} of them KV cache" in said
-    assert ("nothing sleeps" in said) == (plan.sleep_level == 0)
 
 
 def test_train_is_what_a_recipe_starts():

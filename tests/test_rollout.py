@@ -15,6 +15,7 @@ import engine_options
 import rollout
 from data import Example, Prompt
 from quant_sync import SyncPlan
+from ranks import Ranks
 from rollout import EngineError, Group, Sample, sample_groups
 
 TINY_ADDER = Path(__file__).resolve().parent.parent / "assets" / "tiny-adder"
@@ -286,11 +287,15 @@ class Draws:
     """
 
     version = 7
+    ranks = Ranks()
 
     def __init__(self, rewards, lengths=()):
         self.rewards, self.lengths = rewards, lengths
         self.taken, self.calls = [], []
         self.submitted = {}
+
+    def before_step(self):
+        pass
 
     def take(self, n):
         start = sum(self.taken)

@@ -3,11 +3,19 @@
 import runtime  # noqa: F401  (first: it sets what torch reads at import)
 
 # isort: split
+import contextlib
+import gc
 import json
 import math
+import os
 import re
+import resource
+import shutil
+import signal
+import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,8 +24,10 @@ from safetensors.torch import save_file
 
 import run_folder
 from checkpoint import CheckpointError, LoopState, Snapshot, random_states, read_checkpoint
-from run_folder import RunFolder, RunFolderError, default_run_name
+from run_folder import RunFolder, RunFolderError, check_free, default_run_name
 from trackers import TrackerError
+
+ROOT = Path(run_folder.__file__).resolve().parent
 
 
 def lines(path: Path) -> list[dict]:
@@ -259,19 +269,264 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path, keep, best, left):
         assert (link / "model.safetensors").read_text() == str(best)
 
 
+def full(folder: Path) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_best_one_that_could_not_be_saved_leaves_the_one_before_it(run):
+    run.save_checkpoint(10, write_weights("ten"), best=10)
+    run.save_checkpoint(20, Write(full), wait=False, best=20)
+    for step in (30, 40):
+        run.save_checkpoint(step, write_weights("later"), best=20)
+    assert "step-000020 could not be written" in str(run.writer_error())
+    assert names(run) == ["step-000010", "step-000040"]
+    assert (run.path / "best" / "model.safetensors").read_text() == "ten"
+    run.save_checkpoint(50, write_weights("fifty"), best=50)
+    assert names(run) == ["step-000050"] and (run.path / "best" / "model.safetensors").read_text() == "fifty"
+
+
+def test_an_old_one_that_cannot_be_removed_is_said_and_the_new_one_is_whole(run, monkeypatch):
+    run.save_checkpoint(2, state(2))
+
+    def refuses(path: Path, **options) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(shutil, "rmtree", refuses)
+    (run.path / "checkpoints" / "step-000004.tmp").mkdir()
+    with pytest.raises(RunFolderError, match=r"step-000004 could not be written: .*Read-only"):
+        run.save_checkpoint(4, state(4))
+    (run.path / "checkpoints" / "step-000004.tmp").rmdir()
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors=False: ignore_errors or refuses(path))
+    with pytest.raises(RunFolderError, match=r"step-000004 is whole, but one that it replaces .*Read-only"):
+        run.save_checkpoint(4, state(4))
+    assert read_checkpoint(run.path / "checkpoints" / "step-000004").loop.step == 4
+
+
+@pytest.fixture
+def order(monkeypatch) -> list[tuple[str, str]]:
+    """What was flushed to the disk and what got its name, in order."""
+    done, fsync = [], os.fsync
+
+    def flushed(file: int) -> None:
+        done.append(("fsync", os.readlink(f"/proc/self/fd/{file}")))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    for name in ("rename", "replace"):
+        real = getattr(Path, name)
+        monkeypatch.setattr(Path, name, lambda path, to, r=real: done.append(("name", str(to))) or r(path, to))
+    return done
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_bears_its_name(run, order):
+    final = run.save_checkpoint(2, state(2))
+    named = order.index(("name", str(final)))
+    aside = final.with_name(final.name + ".tmp")
+    for path in (final, *final.rglob("*")):
+        flushed = ("fsync", str(aside / path.relative_to(final)))
+        assert flushed in order[:named], path
+    assert ("fsync", str(final.parent)) in order[named:], "and then the name itself"
+
+
+def test_lines_that_were_taken_out_do_not_take_the_others_along(tmp_path, order):
+    run = RunFolder(str(tmp_path), "a", {})
+    fill(run, 1, 3)
+    run.close()
+    order.clear()
+    RunFolder(str(tmp_path), "a", {}, resume=True)
+    for name in FILES:
+        path = str(tmp_path / "a" / name)
+        assert order.index(("fsync", path + ".tmp")) < order.index(("name", path))
+
+
+# ---- ended between any two changes of a file
+
+CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.truncate")
+
+
+def killed(before: int, work: Callable[[], None]) -> bool:
+    """`work` in a process of its own that is killed before its change number `before` of a file, or flush of one. False
+    if it makes no so many."""
+    pid = os.fork()
+    if pid == 0:
+        left, fsync = before, os.fsync
+
+        def count() -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def hook(event: str, args: tuple) -> None:
+            writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+            if event in CHANGES or writes:
+                count()
+
+        def counted(file: int) -> None:
+            count()
+            fsync(file)
+
+        status = 1
+        try:
+            run_folder.os.fsync = counted
+            sys.addaudithook(hook)
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
+
+
+def test_a_start_that_is_killed_anywhere_loses_nothing(tmp_path, monkeypatch):
+    """A resumed run takes out what came after its checkpoint; killed in there and resumed again, it does the same."""
+    monkeypatch.setattr(run_folder, "_environment", dict)
+    run = RunFolder(str(tmp_path), "a", {}, keep_last=2)
+    fill(run, 1, 5)
+    run.close()
+    expected = {name: [x for x in lines_of(run.path / name) if x["step"] <= 4] for name in FILES}
+    with open(run.path / "metrics.jsonl", "ab") as f:
+        f.write(b'{"step": 6, "a')
+    for name in ("step-000006.tmp", "step-000001.old"):
+        shutil.copytree(run.path / "checkpoints" / "step-000002", run.path / "checkpoints" / name)
+    before = 0
+    while True:
+        folder = tmp_path / str(before)
+        shutil.copytree(tmp_path / "a", folder / "a", symlinks=True)
+        ended = killed(before, lambda folder=folder: RunFolder(str(folder), "a", {}, resume=True))
+        again = RunFolder(str(folder), "a", {}, resume=True)
+        assert again.checkpoint.loop.step == 4 and names(again) == ["step-000002", "step-000004"], before
+        found = {name: lines_of(again.path / name) for name in FILES}
+        assert 1 <= len(found["events.jsonl"]) - len(expected["events.jsonl"]) <= 2
+        assert {name: found[name][: len(expected[name])] for name in FILES} == expected, before
+        assert [found[name] for name in FILES[:2]] == [expected[name] for name in FILES[:2]], before
+        again.close()
+        if not ended:
+            break
+        before += 1
+    assert before > 15
+
+
+@pytest.mark.parametrize("best", [4, 2])
+def test_a_save_that_is_killed_anywhere_leaves_a_whole_one_and_the_best(tmp_path, monkeypatch, best):
+    monkeypatch.setattr(run_folder, "_environment", dict)
+    run = RunFolder(str(tmp_path), "a", {})
+    run.save_checkpoint(2, state(2), best=2)
+    run.close()
+    before, seen = 0, set()
+    while True:
+        folder = tmp_path / str(before)
+        shutil.copytree(tmp_path / "a", folder / "a", symlinks=True)
+        going = RunFolder(str(folder), "a", {}, resume=True)
+        ended = killed(before, lambda going=going: going.save_checkpoint(4, state(4), best=best))
+        going.close()
+        again = RunFolder(str(folder), "a", {}, resume=True)
+        seen.add(again.checkpoint.loop.step)
+        shown = read_checkpoint((again.path / "best").resolve(strict=True)).loop.step
+        assert shown in (2, best), before
+        again.save_checkpoint(4, state(4), best=best)
+        again.save_checkpoint(6, state(6), best=best)
+        assert names(again) == [f"step-{best:06d}", "step-000006"], before
+        again.close()
+        if not ended:
+            break
+        before += 1
+    assert seen == {2, 4} and before > 10
+
+
+# ---- disks that take no more
+
+
+@contextlib.contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    """The kernel writes no file beyond `size` bytes; Python ignores the signal that comes with it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors"])
+def test_files_that_the_kernel_cuts_short_make_no_checkpoint_and_no_line(tmp_path, file):
+    run = RunFolder(str(tmp_path), "a", {})
+    fill(run, 1, 2)
+    large = {"model.safetensors": {"model": 1 << 16}, "optimizer.safetensors": {"optimizer": 1 << 16}}[file]
+    with no_file_above(1 << 15):
+        with pytest.raises(RunFolderError, match=r"step-000004 could not be written: .*(File too large|os error 27)"):
+            run.save_checkpoint(4, state(4, **large))
+        with pytest.raises(RunFolderError, match=r"metrics\.jsonl cannot be written: File too large"):
+            run.log({"step": 3} | {f"a/{i}": 0.5 for i in range(5000)})
+    assert names(run) == ["step-000002"] and (run.path / "metrics.jsonl").stat().st_size == 1 << 15
+    run.close()
+    again = RunFolder(str(tmp_path), "a", {}, resume=True)
+    assert again.checkpoint.loop.step == 2 and [m["step"] for m in lines(again.path / "metrics.jsonl")] == [1, 2]
+
+
+def on_a_small_disk(disk: Path) -> None:
+    """In a process that has mounted 512 KiB there."""
+    run = RunFolder(str(disk), "a", {}, keep_last=2)
+    fill(run, 1, 3)
+    no_room = r"step-000004 could not be written: .*(No space left|os error 28)"
+    with pytest.raises(RunFolderError, match=no_room):
+        run.save_checkpoint(4, state(4, model=1 << 20))
+    run.save_checkpoint(4, state(4, optimizer=1 << 20), wait=False)
+    with pytest.raises(RunFolderError, match=no_room):
+        run.close()
+    assert names(run) == ["step-000002"]
+    run = RunFolder(str(disk), "a", {}, resume=True)
+    with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(4096))
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl cannot be written: No space left"):
+        for step in range(3, 5000):
+            run.log({"step": step, "a/b": 0.5})
+    run.close()
+    with pytest.raises(RunFolderError, match="cannot be written: No space left"):
+        RunFolder(str(disk), "a", {}, resume=True)
+    gc.collect()
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    with pytest.raises(RunFolderError, match=r"cannot be written: .*Read-only file system"):
+        RunFolder(str(disk), "a", {}, resume=True)
+    with pytest.raises(RunFolderError, match=r"--runs-dir .* cannot be written"):
+        check_free(str(disk), "b")
+    gc.collect()
+    subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+    (disk / "filler").unlink()
+    again = RunFolder(str(disk), "a", {}, resume=True)
+    assert again.checkpoint.loop.step == 2 and [m["step"] for m in lines(again.path / "metrics.jsonl")] == [1, 2]
+    again.save_checkpoint(4, state(4))
+    assert names(again) == ["step-000004"]
+
+
+def test_a_disk_that_is_full_or_read_only_is_said_and_what_was_saved_stays(tmp_path):
+    own = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=512k none "$0" && exec "$@"', str(tmp_path)]
+    if shutil.which("unshare") is None or subprocess.run([*own, "true"], capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+    script = "import sys, pathlib, test_run_folder as t; t.on_a_small_disk(pathlib.Path(sys.argv[1])); print('done')"
+    done = subprocess.run(
+        [*own, sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+    )  # fmt: skip
+    assert done.stdout.endswith("done\n"), done.stderr[-3000:]
+
+
 # ---- going on
 
 
-def state(step: int):
-    """A checkpoint of `step` as Snapshot writes it."""
-    tensors = {"model.weight": torch.full((2, 2), float(step), dtype=torch.bfloat16)}
+def state(step: int, model: int = 4, optimizer: int = 3):
+    """A checkpoint of `step` as Snapshot writes it, with so many numbers in its model and optimizer."""
+    tensors = {"model.weight": torch.full((model,), float(step), dtype=torch.bfloat16)}
     plain, generators = random_states()
 
     def write_model(folder: Path, state: dict) -> None:
         save_file(state, folder / "model.safetensors")
 
     loop = LoopState(step=step, random=plain)
-    return Snapshot(tensors, {"master.x": torch.zeros(3)}, write_model, loop, generators)
+    return Snapshot(tensors, {"master.x": torch.zeros(optimizer)}, write_model, loop, generators)
 
 
 def fill(run: RunFolder, first: int, last: int, every: int = 2) -> None:
@@ -349,6 +604,29 @@ def test_an_optimizer_of_another_model_is_refused(tmp_path):
     for tensors, word in (({"master.y": torch.zeros(3)}, "master"), ({"master.x": torch.zeros(4)}, r"\(4,\)")):
         with pytest.raises(CheckpointError, match=f"another model.*{word}"):
             checkpoint.load_optimizer(tensors)
+
+
+def test_what_cannot_be_taken_out_of_a_resumed_run_is_said_and_stays(tmp_path, monkeypatch):
+    run = RunFolder(str(tmp_path), "a", {})
+    fill(run, 1, 3)
+    (run.path / "checkpoints" / "step-000004.tmp").mkdir()
+    run.close()
+    before = (run.path / "metrics.jsonl").read_bytes()
+
+    def refuses(*args, **options) -> None:
+        raise OSError(30, "Read-only file system")
+
+    for place, name, words in (
+        (shutil, "rmtree", "step-000004.tmp, half of a checkpoint, cannot be removed"),
+        (Path, "replace", "metrics.jsonl cannot be written: Read-only file system"),
+        (Path, "read_bytes", "metrics.jsonl cannot be read: Read-only file system"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(RunFolderError, match=words):
+            patch.setattr(place, name, refuses)
+            RunFolder(str(tmp_path), "a", {}, resume=True)
+        assert (run.path / "metrics.jsonl").read_bytes() == before
+        assert not (run.path / "metrics.jsonl.tmp").exists()
+    assert RunFolder(str(tmp_path), "a", {}, resume=True).checkpoint.loop.step == 2
 
 
 def test_a_folder_that_can_no_longer_be_written_is_said(run):

@@ -203,15 +203,47 @@ def test_a_key_in_a_flag_is_refused_and_not_repeated(planted, flag):
     assert planted["HF_TOKEN"] not in str(error.value)
 
 
-def test_an_error_does_not_repeat_a_key(planted, monkeypatch):
-    def fails(args):
-        raise ConfigError(f"https://user:{planted['HF_TOKEN']}@host refused the connection")
+@pytest.mark.parametrize("kind", [ConfigError, KeyError])
+def test_an_error_does_not_repeat_a_key(planted, monkeypatch, kind):
+    """Nor does the traceback of one that has no message of its own."""
+
+    def fails(args, ranks):
+        try:
+            raise ValueError(f"first {planted['DB_PASSWORD']}")
+        except ValueError as error:
+            raise kind(f"https://user:{planted['HF_TOKEN']}@host refused {planted['MY_SECRET']}") from error
 
     monkeypatch.setattr(train, "train", fails)
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(SystemExit) as end:
         train.main()
-    assert end.value.code == "error: https://***@host refused the connection"
+    if kind is ConfigError:
+        assert end.value.code == "error: https://***@host refused [MY_SECRET]"
+        return
+    lines = end.value.code.splitlines()
+    assert "Traceback" in lines[0] and "ValueError: first [DB_PASSWORD]" in lines
+    assert lines[-1] == "KeyError: 'https://***@host refused [MY_SECRET]'"
+    assert [name for name, value in planted.items() if value in end.value.code] == []
+
+
+def test_an_event_and_a_lost_checkpoint_do_not_repeat_a_key(planted, tmp_path, capsys):
+    class Denied:
+        def write(self, folder):
+            raise OSError(f"s3://{planted['AWS_ACCESS_KEY_ID']}:{planted['AWS_SECRET_ACCESS_KEY']}@host is full")
+
+        def wait(self):
+            pass
+
+    run = RunFolder(str(tmp_path), "a", {})
+    run.save_checkpoint(1, Denied(), wait=False)
+    run._join_writer()
+    train.report_lost_checkpoint(run, 2)
+    run.log_event({"step": 2, "event": "x", "message": f"told {planted['HF_TOKEN']}", "n": 1.5})
+    lost, told = (json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines())
+    assert lost["event"] == "checkpoint_failed" and "s3://***@host is full" in lost["message"]
+    assert told == {"step": 2, "event": "x", "message": "told [HF_TOKEN]", "n": 1.5}
+    said = capsys.readouterr().err
+    assert "s3://***@host is full" in said and not any(value in said for value in planted.values())
 
 
 SPILL = """
@@ -224,9 +256,9 @@ def f(completion, answer, row):
 @needs_tiny_model
 @needs_engine
 def test_a_whole_run_writes_and_prints_no_key(planted, tmp_path):
-    """With wandb's files, a checkpoint, and a reward that tells everything that it was told, one key among it."""
+    """With the trackers' files, a checkpoint, and a reward that tells everything that it was told, one key among it."""
     (tmp_path / "mine.py").write_text(SPILL)
-    known = ["--wandb"] if importlib.util.find_spec("wandb") else []
+    known = [f"--{name}" for name in ("wandb", "tensorboard") if importlib.util.find_spec(name)]
     quiet = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", reward_pool.KEEP: "OPENAI_API_KEY"}
     done = subprocess.run(
         [sys.executable, "train.py", "--steps=1", "--prompts-per-step=2", "--samples-per-prompt=2", "--eval-size=4",
@@ -239,7 +271,8 @@ def test_a_whole_run_writes_and_prints_no_key(planted, tmp_path):
     written = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
     names = {path.name for path in written}
     assert {"config.json", "env.json", "metrics.jsonl", "samples.jsonl", "model.safetensors"} <= names
-    assert not known or any(name.endswith(".wandb") for name in names)
+    assert "--wandb" not in known or any(name.endswith(".wandb") for name in names)
+    assert "--tensorboard" not in known or any(name.startswith("events.out.tfevents") for name in names)
     places = {"stdout": done.stdout, "stderr": done.stderr} | {str(path): path.read_bytes() for path in written}
     spilled = [(place, name) for place, content in places.items() for name, value in planted.items()
                if value.encode() in content]  # fmt: skip

@@ -18,7 +18,8 @@ CASES = ["qwen2", "qwen3", "llama", "recomputed", "updates", "sequence-tis", "of
          "clipped"]  # fmt: skip
 
 
-def run_ranks(world: int, *arguments: str, timeout: float = 300) -> None:
+def run_ranks(world: int, *arguments: str, program: Path = PROGRAM, timeout: float = 300) -> list[str]:
+    """What each rank printed."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -27,10 +28,12 @@ def run_ranks(world: int, *arguments: str, timeout: float = 300) -> None:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
         env = os.environ | {k: str(v) for k, v in place.items()}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(PROGRAM), *arguments]
-        processes.append(subprocess.Popen(command, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True))
-    ends = [p.communicate(timeout=timeout)[1] for p in processes]
-    assert [p.returncode for p in processes] == [0] * world, "\n".join(ends)[-4000:]
+        command = [sys.executable, str(program), *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        processes.append(subprocess.Popen(command, env=env, cwd=ROOT, **pipes))
+    ends = [p.communicate(timeout=timeout) for p in processes]
+    assert [p.returncode for p in processes] == [0] * world, "\n".join(map("".join, ends))[-4000:]
+    return [out for out, _ in ends]
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +66,14 @@ def test_a_step_of_several_ranks_is_the_step_of_one(steps, world, case):
     assert found["floor"] < 1e-5 and expected["floor"] < 1e-5
     for a, b in zip(found["logged"], expected["logged"], strict=True):
         assert len(a) == len(b) > 0 and a == pytest.approx(b, abs=1e-4)
+
+
+def test_the_check_for_gpus_says_what_agrees(tmp_path):
+    """scripts/check_ranks.py, with the built-in model; and a step of other samples is told apart."""
+    sizes = ["--shape", "tiny", "--prompt-len", "16", "--response-len", "16", "--micro-batch-tokens", "64"]
+    program, one = ROOT / "scripts" / "check_ranks.py", str(tmp_path / "one.pt")
+    run_ranks(1, *sizes, "--prompts", "4", "--out", one, program=program)
+    out = run_ranks(2, *sizes, "--prompts", "4", "--compare", one, program=program)
+    assert "within the tolerance" in out[0] and "tiny, 2 rank(s)" in out[0] and out[1] == ""
+    with pytest.raises(AssertionError, match=r"beyond the tolerance: .*train/tokens"):
+        run_ranks(2, *sizes, "--prompts", "3", "--compare", one, program=program)

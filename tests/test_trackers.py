@@ -98,6 +98,21 @@ def test_a_tracker_that_fails_is_said_once_counted_and_ends_nothing(wandb, tmp_p
     assert capsys.readouterr().err == "--wandb failed 5 times; the run folder has everything\n"
 
 
+def test_a_tracker_that_fails_with_a_key_does_not_say_it(wandb, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_API_KEY", "marker-of-wandb")
+
+    def denied(*args, **options):
+        raise ConnectionError("https://api:marker-of-wandb@host: 401 for marker-of-wandb")
+
+    monkeypatch.setattr(wandb(), "log", denied)
+    run = RunFolder(str(tmp_path), "a", {}, use_wandb=True)
+    run.log({"step": 1})
+    said = capsys.readouterr().err
+    assert said == (
+        "warning: --wandb failed and the run goes on: ConnectionError: https://***@host: 401 for [WANDB_API_KEY]\n"
+    )
+
+
 def test_ctrl_c_in_a_tracker_is_not_its_failure(wandb, tmp_path, monkeypatch):
     fake = wandb()
     run = Trackers(True, False, "a", {}, tmp_path)

@@ -36,6 +36,7 @@ from fake_run import FakeEngine, FakePlan, install, one_or_two, read_lines, run_
 from loss import REDUCTIONS
 from policy import Batch, Policy
 from rollout import Group, Sample
+from run_folder import RunFolder, RunFolderError
 
 ROOT = Path(train.__file__).resolve().parent
 DOCUMENTED = ROOT / "docs" / "metrics.md"
@@ -491,11 +492,13 @@ def test_a_step_draws_for_the_share_of_the_step_before(fake, tmp_path, monkeypat
     assert shares == expected  # every group of the fake engine is mixed
 
 
-@pytest.mark.parametrize("phase", ["sync", "train"])
+@pytest.mark.parametrize("phase", ["sync", "train", "a mistake in the code"])
 def test_a_failure_in_the_middle_saves_what_was_learned(fake, tmp_path, monkeypatch, capsys, phase):
+    """And says where the run stands and how it goes on, whatever the failure is."""
+
     def verify(self, turn=0, full=False):
         if turn == 2:
-            raise train.SyncError("layer 1 is stale")
+            raise train.SyncError("layer 1 is stale") if phase == "sync" else ValueError("no such layer")
 
     real_step, calls = train.train_step, []
 
@@ -505,15 +508,119 @@ def test_a_failure_in_the_middle_saves_what_was_learned(fake, tmp_path, monkeypa
             raise torch.OutOfMemoryError("no more")
         return real_step(*args)
 
-    if phase == "sync":
-        monkeypatch.setattr(FakePlan, "verify", verify)
-    else:
+    if phase == "train":
         monkeypatch.setattr(train, "train_step", out_of_memory)
-    with pytest.raises(SystemExit, match="layer 1 is stale" if phase == "sync" else "--micro-batch-tokens"):
+    else:
+        monkeypatch.setattr(FakePlan, "verify", verify)
+    words = {"sync": "layer 1 is stale", "train": "--micro-batch-tokens"}.get(phase, "ValueError: no such layer$")
+    with pytest.raises(SystemExit, match=words):
         run_main(monkeypatch, *one_or_two(tmp_path), "--steps=5", "--eval-every=0", "--run-name=x")
-    assert (tmp_path / "runs" / "x" / "checkpoints" / "step-000002" / "model.safetensors").is_file()
-    assert (tmp_path / "runs" / "x" / "report.html").is_file()
-    assert "step-000002" in capsys.readouterr().err
+    folder = tmp_path / "runs" / "x"
+    assert (folder / "checkpoints" / "step-000002" / "model.safetensors").is_file()
+    assert (folder / "report.html").is_file()
+    said = capsys.readouterr().err.splitlines()
+    assert said.count(f"checkpoint {folder / 'checkpoints' / 'step-000002'}") == 1
+    assert said.count(f"run folder {folder}; go on with: python train.py --resume {folder}") == 1
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "samples.jsonl"])
+def test_a_line_that_cannot_be_written_does_not_cost_what_was_learned(fake, tmp_path, monkeypatch, capsys, file):
+    """Half of the third step's line is written, with no save due for long; the run goes on after that step."""
+    append = RunFolder._append
+
+    def full(self, name, line):
+        if name == file and line["step"] == 3:
+            with open(self.path / name, "a") as f:
+                f.write('{"step": 3, "ha')
+            raise RunFolderError(f"{self.path / name} cannot be written: No space left on device")
+        append(self, name, line)
+
+    flags = [*one_or_two(tmp_path), "--eval-every=0", "--save-every=100", "--run-name=x"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=f"{file} cannot be written: No space left"):
+        patch.setattr(RunFolder, "_append", full)
+        run_main(monkeypatch, *flags, "--steps=5")
+    folder = tmp_path / "runs" / "x"
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-000003"]
+    assert f"--resume {folder}" in capsys.readouterr().err
+    fake.clear()
+    run_main(monkeypatch, *flags, "--steps=5")
+    steps = [m["step"] for m in read_lines(folder / "metrics.jsonl")]
+    assert steps == ([1, 2, 4, 5] if file == "metrics.jsonl" else [1, 2, 3, 4, 5])
+    assert [e for e in fake if e.startswith("publish")] == ["publish 3", "publish 4", "publish 5"]
+
+
+@pytest.mark.parametrize("where", ["the end", "beside the run"])
+def test_a_save_that_failed_is_not_tried_again(fake, tmp_path, monkeypatch, capsys, where):
+    """The error is the save's own; one that fails on the way out does not stand in the way of the first error."""
+    asked, snapshot = [], Policy.snapshot
+
+    def fails(policy, *args):
+        asked.append(1)
+        if where == "the end" or len(asked) == 2:
+            raise ValueError("no copy")
+        return snapshot(policy, *args)
+
+    monkeypatch.setattr(Policy, "snapshot", fails)
+    every = 0 if where == "the end" else 1
+    with pytest.raises(SystemExit, match="ValueError: no copy"):
+        run_main(
+            monkeypatch, *one_or_two(tmp_path), "--steps=3", "--eval-every=0", f"--save-every={every}", "--run-name=x"
+        )
+    assert len(asked) == (1 if where == "the end" else 2)
+    folder = tmp_path / "runs" / "x"
+    said = capsys.readouterr().err
+    assert f"go on with: python train.py --resume {folder}" in said and "no checkpoint" not in said
+
+
+def test_a_save_on_the_way_out_that_fails_does_not_hide_the_first_error(fake, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "marker-of-hf-token")
+
+    def stale(self, turn=0, full=False):
+        if turn == 2:
+            raise train.SyncError("layer 1 is stale")
+
+    def no_room(self, folder):
+        raise OSError(28, "No space left on device: marker-of-hf-token")
+
+    monkeypatch.setattr(FakePlan, "verify", stale)
+    monkeypatch.setattr(Snapshot, "write", no_room)
+    with pytest.raises(SystemExit, match=r"^error: layer 1 is stale"):
+        run_main(monkeypatch, *one_or_two(tmp_path), "--steps=3", "--eval-every=0", "--run-name=x")
+    said = capsys.readouterr().err
+    assert said.count("could not be written") == 1 and "error: no checkpoint: RunFolderError" in said
+    assert "[HF_TOKEN]" in said and "marker-of-hf-token" not in said
+
+
+def test_a_second_signal_does_not_wait_for_a_save(fake, tmp_path, monkeypatch, capsys):
+    """Interrupted, a run saves nothing: it ends, and says how it goes on."""
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    with pytest.raises(SystemExit) as end:
+        run_main(monkeypatch, *one_or_two(tmp_path), "--steps=3", "--eval-every=0", "--run-name=x")
+    folder = tmp_path / "runs" / "x"
+    assert end.value.code == 130 and not (folder / "checkpoints").exists()
+    assert f"run folder {folder}; go on with: python train.py --resume {folder}" in capsys.readouterr().err
+
+
+def test_a_resumed_run_whose_engine_cannot_be_built_says_how_it_goes_on(fake, tmp_path, monkeypatch, capsys):
+    flags = [*one_or_two(tmp_path), "--eval-every=0", "--run-name=x"]
+    run_main(monkeypatch, *flags, "--steps=1")
+    folder = tmp_path / "runs" / "x"
+    before = (folder / "metrics.jsonl").read_bytes()
+
+    def no_room(self, *args, **options):
+        raise train.EngineError("the engine has no room")
+
+    monkeypatch.setattr(FakeEngine, "__init__", no_room)
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match=r"^error: the engine has no room$"):
+        run_main(monkeypatch, *flags, "--steps=2")
+    line = f"run folder {folder}; go on with: python train.py --resume {folder}"
+    assert capsys.readouterr().err.splitlines().count(line) == 1
+    assert (folder / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_report_that_cannot_be_made_does_not_cost_the_run(fake, tmp_path, monkeypatch, capsys):

@@ -7,7 +7,6 @@ That a step of several ranks is the step of one is test_sharding.py's; here are 
 import importlib.util
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -120,7 +119,7 @@ def test_a_rank_that_dies_ends_the_run_with_one_message_and_a_whole_checkpoint(t
     assert status != 0
     said = [line for line in err.splitlines() if line.startswith("error: rank 1 of 2 has ended")]
     assert len(said) == 1 and "python train.py --resume" in said[0]
-    assert "Traceback" not in re.sub(r"(?s)Root Cause.*", "", err).partition("torch.distributed.elastic")[0]
+    assert 'train.py", line' not in err  # no traceback of ours: the launcher has its own
     done = max(int(p.name[5:]) for p in (tmp_path / "r" / "checkpoints").glob("step-*") if p.name[5:].isdigit())
 
     process = start(2, tmp_path, "--resume", str(tmp_path / "r"), "--steps", str(done + 500))

@@ -6,8 +6,8 @@
 #    2 x 8 H100.
 # D: the defaults of that commit, skyrl-train/skyrl_train/config/ppo_base_config.yaml.
 # Hardware: one node of 8 GPUs (for one GPU there is dapo_math_qwen3_32b_lora_fp8.sh). By the plan, not run: on 8 x 141
-# GB nothing sleeps, 127 of 139 GiB of a GPU in use; on 8 x 80 GB the engines sleep while the policy trains, and master
-# weights and moments are in host memory, 366 GiB in all, 68 of 78 GiB of a GPU in use. This script has not been run.
+# GB nothing sleeps, 128 of 139 GiB of a GPU in use; on 8 x 80 GB the engines sleep while the policy trains, and master
+# weights and moments are in host memory, 366 GiB in all, 70 of 78 GiB of a GPU in use. This script has not been run.
 #
 #   --model Qwen/Qwen3-32B              S
 #   --data dapo-math                    own choice (S: GSM8K)

@@ -10,8 +10,9 @@
 # V: volcengine/verl, recipe/dapo/run_dapo_qwen2.5_32b.sh
 #    at commit 03150d4fa825bcca1ec5c0a3f582cf6449148112: the paper's run (arXiv 2503.14476) in bf16, 16 x 8 GPUs.
 # Hardware: one node of 8 GPUs. By the plan, not run: the engines sleep while the policy trains; on 8 x 141 GB 133 of
-# 139 GiB of a GPU are in use, 43 of them KV cache; on 8 x 80 GB master weights and moments are in host memory, 366 GiB
-# in all, 75 of 78 GiB of a GPU in use, 29 of them KV cache. This script has not been run.
+# 139 GiB of a GPU are in use, 40 of them KV cache; on 8 x 80 GB it is 0.7 GiB short, and fits with --max-response-len
+# 19456: master weights and moments are in host memory, 366 GiB in all, 75 of 78 GiB of a GPU in use, 27 of them KV
+# cache. This script has not been run.
 #
 #   --model Qwen/Qwen2.5-32B            S, F, V
 #   --data dapo-math                    S, F, V; copies removed as S does
