@@ -95,8 +95,8 @@ class Batch:
 
 
 def load_model(model: str, device: torch.device, trust_remote_code: bool = False) -> torch.nn.Module:
-    """The HF causal language model in bf16 on `device`, from safetensors alone: nothing is unpickled. Raises PolicyError
-    naming --model."""
+    """The HF causal language model in bf16 on `device`, from safetensors: a pickle is not read. Raises PolicyError that
+    names --model."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

@@ -1,4 +1,4 @@
-"""train.py's loop in this process, with an engine that writes down what is asked of it: for test_train.py and others."""
+"""train.py's loop in this process, with an engine that writes down what is asked of it."""
 
 import json
 import sys

@@ -1,5 +1,5 @@
-"""The faults that alarms.py is for, planted in train.py's loop: each is a line of events.jsonl with its numbers; those that
-make a run worthless end it with a checkpoint, and the flag that the message names turns it off."""
+"""The faults that alarms.py is for, planted in train.py's loop: each is a line of events.jsonl with its numbers; those
+that make a run worthless end it with a checkpoint, and the flag that the message names turns it off."""
 
 import runtime  # noqa: F401  (first: it sets what torch reads at import)
 
@@ -122,11 +122,11 @@ def copying(run, monkeypatch):
 
 @pytest.mark.parametrize(("fault", "lr"), [(stale, "1e-3"), (corrupt, "1e-5")])
 def test_a_sync_that_writes_nothing_or_other_weights(run, copying, monkeypatch, fault, lr):
-    """`verify` sees nothing here: the mismatch is what is left. The next step's samples show it, one more ends the run."""
+    """`verify` sees nothing here, the mismatch does: in the next step's samples; one more such step ends the run."""
     monkeypatch.setattr(CopyPlan, "fault", staticmethod(fault))
     events, end, folder = run("mismatch", f"--lr={lr}")
     first, last = (e["step"] for e in (events[0], events[-1]))
-    assert 6 <= first and last == first + 1 and stopped_after(last, end, folder)
+    assert first >= 6 and last == first + 1 and stopped_after(last, end, folder)
     gaps = {m["step"]: m["mismatch/abs_dlogp_mean"] for m in read_lines(folder / "metrics.jsonl")}
     assert [e["steps"] for e in events] == [1, 2] and events[-1]["threshold"] == 4
     assert all(e["abs_dlogp_mean"] == gaps[e["step"]] > 4 * e["level"] > 0 for e in events)

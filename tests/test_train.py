@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_run import FakeEngine, FakePlan, install, one_or_two, read_lines, run_main
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Qwen2Config
 
 import packing
@@ -32,7 +33,6 @@ from checkpoint import Snapshot
 from config import TINY_MODEL, Args
 from corrections import CORRECTIONS
 from data import Example, Prompt
-from fake_run import FakeEngine, FakePlan, install, one_or_two, read_lines, run_main
 from loss import REDUCTIONS
 from policy import Batch, Policy
 from rollout import Group, Sample
