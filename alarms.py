@@ -83,8 +83,9 @@ class Alarms:
         self.state["high"] = self.state["high"] + 1 if high else 0
         if high:
             numbers = {"abs_dlogp_mean": gap, "level": level, "threshold": limit, "steps": self.state["high"]}
+            times = gap / level if level else math.inf
             message = (
-                f"mean |log pi_old - log mu| is {gap:.4g}, {gap / level:.1f} times its usual {level:.4g}: stale or "
+                f"mean |log pi_old - log mu| is {gap:.4g}, {times:.1f} times its usual {level:.4g}: stale or "
                 f"corrupt weights in the engine, if it stays so (--alarms.mismatch {limit:g})"
             )
             return [Event(step, "mismatch", message, numbers, stops=self.state["high"] >= 2)]

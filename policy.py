@@ -8,7 +8,6 @@ micro-batch they are autograd's own, in bf16. The optimizer is optimizer.py.
 """
 
 import math
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +95,8 @@ class Batch:
 
 
 def load_model(model: str, device: torch.device, trust_remote_code: bool = False) -> torch.nn.Module:
-    """The HF causal language model in bf16 on `device`. Raises PolicyError naming --model."""
+    """The HF causal language model in bf16 on `device`, from safetensors: a pickle is not read. Raises PolicyError that
+    names --model."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -107,14 +107,14 @@ def load_model(model: str, device: torch.device, trust_remote_code: bool = False
     try:
         loaded, found = AutoModelForCausalLM.from_pretrained(
             model, dtype=torch.bfloat16, attn_implementation=packing.ATTENTION, trust_remote_code=trust_remote_code,
-            ignore_mismatched_sizes=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, output_loading_info=True, use_safetensors=True,
         )  # fmt: skip
     except Exception as error:  # a torn file, a class that transformers does not know, ...
         reason = str(error).partition("\n")[0][:300]
-        if isinstance(error, pickle.UnpicklingError):
-            reason = "it holds more than tensors, which is not run; convert it to safetensors"
+        if "use_safetensors" in reason:  # of a Hub model, by transformers, with the advice to read its pickle
+            reason = "it has no safetensors, and nothing else is read; convert it where you trust it (save_pretrained)"
         raise PolicyError(
-            f"--model {model} cannot be loaded{_torn(model)}: {type(error).__name__}: {reason}"
+            f"--model {model} cannot be loaded{_pickled(model) or _torn(model)}: {type(error).__name__}: {reason}"
         ) from error
     finally:
         logging.set_verbosity(level)
@@ -131,6 +131,14 @@ def _torn(model: str) -> str:
         except (OSError, safetensors.SafetensorError):
             return f" ({file.name} is torn, or what Git LFS left in its place; copy it again)"
     return ""
+
+
+def _pickled(model: str) -> str:
+    """What to do with a folder whose weights are in a pickle, which could run code when it is read; nothing if none."""
+    files = [file.name for suffix in ("bin", "pt", "pth") for file in sorted(Path(model).glob(f"*.{suffix}"))]
+    if not files or any(Path(model).glob("*.safetensors")):
+        return ""
+    return f" ({files[0]} is a pickle, which is not read; convert it: load it where you trust it, and save_pretrained)"
 
 
 def _check_complete(model: str, found: dict[str, Any]) -> None:

@@ -38,7 +38,7 @@ class Panel:
 PANELS = (
     Panel("reward, all samples drawn", ("reward/mean",)),
     Panel("held-out accuracy", ("eval/accuracy",)),
-    Panel("mismatch: mean |log pi_old - log mu|", ("mismatch/abs_dlogp_mean",)),
+    Panel("mismatch: mean |log pi_old - log mu|", ("mismatch/abs_dlogp_mean", "mismatch/bf16_floor")),
     Panel("entropy, nats a token", ("train/entropy",)),
     Panel("response length, tokens", ("response/length_mean",)),
     Panel("gradient norm", ("train/grad_norm",)),
@@ -50,7 +50,17 @@ PANELS = (
         least=1e-4,
     ),
     Panel("tokens a second", ("speed/rollout_tokens_per_s", "speed/train_tokens_per_s")),
-    Panel("memory, GiB", ("memory/used_peak_gib", "memory/torch_peak_gib", "memory/planned_peak_gib")),
+    Panel(
+        "GPU memory, GiB",
+        (
+            "memory/device_gib",
+            "memory/torch_reserved_gib",
+            "memory/used_peak_gib",
+            "memory/torch_peak_gib",
+            "memory/planned_peak_gib",
+        ),
+    ),
+    Panel("host memory, GiB", ("memory/host_gib",)),
 )
 
 

@@ -32,6 +32,7 @@ TABLE = [  # (heading, key, format; "ms" is seconds shown as milliseconds)
     ("drawn", "sampling/groups_drawn", "d"),
     ("length", "response/length_mean", ".0f"),
     ("abs dlogp", "mismatch/abs_dlogp_mean", ".4f"),
+    ("bf16 floor", "mismatch/bf16_floor", ".4f"),
     ("k3", "mismatch/kl_k3", ".4f"),
     ("ESS", "mismatch/ess", ".4f"),
     ("capped", "mismatch/capped_share", ".2%"),

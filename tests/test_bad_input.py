@@ -7,6 +7,7 @@ import runtime  # noqa: F401  (first: it sets what torch reads at import)
 
 # isort: split
 import ast
+import io
 import json
 import os
 import re
@@ -111,6 +112,12 @@ def taken(folder: Path) -> list[str]:
 
 def without(name: str):
     return lambda tensors: {k: v for k, v in tensors.items() if k != name}
+
+
+def _pickled_weights() -> bytes:
+    file = io.BytesIO()
+    torch.save(load_file(TINY / "model.safetensors"), file)
+    return file.getvalue()
 
 
 GOOD = {"question": "1 + 1?", "answer": "2"}
@@ -232,7 +239,11 @@ REFUSED = {  # name: (flags from the test's folder, words of the error)
     ),
     "weights in a pickle that runs something": (
         lambda d: model(d, drop=["model.safetensors"], files={"pytorch_model.bin": PICKLE}),
-        ["--model", "more than tensors", "safetensors"],
+        ["--model", "pytorch_model.bin is a pickle, which is not read", "save_pretrained"],
+    ),
+    "weights in a pickle of tensors alone": (
+        lambda d: model(d, drop=["model.safetensors"], files={"pytorch_model.bin": _pickled_weights()}),
+        ["--model", "pytorch_model.bin is a pickle, which is not read", "save_pretrained"],
     ),
     # rewards
     "reward path too long": (lambda d: [f"--reward={LONG}.py:f"], ["--reward", "too long"]),
@@ -358,6 +369,27 @@ def test_what_vllm_says_is_one_line_with_the_flags():
     with pytest.raises(EngineError, match=r"max_num_seqs.*--max-num-seqs") as error:
         Engine(TINY_MODEL, tokenizer=None, quant="none", **sizes)
     assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 1_000
+
+
+def test_an_engine_that_finds_no_memory_is_one_line_with_the_flags(tmp_path, monkeypatch, capfd):
+    """What vLLM allocates itself may be too much after every plan; torch says it in a page."""
+    vllm = pytest.importorskip("vllm")
+    asked = []
+
+    def no_memory(**options):
+        asked.append(options)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.\nGPU 0 has\na page of numbers")
+
+    monkeypatch.setattr(vllm, "LLM", no_memory)
+    runs = tmp_path / "runs"
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--runs-dir={runs}", "--reward-workers=1", "--steps=1"])
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    assert len(asked) == 1 and end.value.code != 0
+    said = f"{end.value.code}\n" + capfd.readouterr().err
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "could not build the engine" in line and "Tried to allocate 9.00 GiB" in line and "--kv-cache-gib" in line
+    assert "--max-num-seqs" in line and "Traceback" not in said and not runs.exists()
 
 
 def test_a_prompt_that_vllm_refuses_ends_the_run_as_an_engine_error():
@@ -503,6 +535,20 @@ def test_a_file_of_the_run_folder_that_cannot_be_written_is_an_error_that_saves(
     with pytest.raises(RunFolderError, match=r"metrics\.jsonl cannot be written: Is a directory") as error:
         run.log({"step": 1})
     assert isinstance(error.value, RuntimeError), "train.saved_on_failure takes these"
+
+
+def test_a_runs_dir_that_cannot_be_written_is_refused_before_anything_is_built(start, tmp_path, monkeypatch):
+    """os.access is asked; who runs the tests may be root, to whom every folder is writable."""
+    (tmp_path / "locked").mkdir()
+    real, wanted = os.access, str(tmp_path / "locked")
+
+    def access(path, mode, **options):
+        return real(path, mode, **options) and not (str(path) == wanted and mode & os.W_OK)
+
+    monkeypatch.setattr(os, "access", access)
+    _, error = start(f"--runs-dir={tmp_path / 'locked' / 'runs'}")
+    assert re.fullmatch(rf"error: --runs-dir \S+ cannot be written: {wanted} is no writable folder", error)
+    assert not any((tmp_path / "locked").iterdir())
 
 
 def test_two_runs_with_one_name_that_start_together_do_not_share_a_folder(tmp_path, monkeypatch):

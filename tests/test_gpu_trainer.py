@@ -3,13 +3,17 @@
 import runtime  # noqa: F401
 
 # isort: split
+import threading
+
 import pytest
 import torch
 
 import head_logprobs
 import optimizer
 import packing
+from checkpoint import LoopState, random_states, read_checkpoint
 from optimizer import MasterAdamW
+from policy import Policy, load_model
 
 pytestmark = pytest.mark.gpu
 
@@ -133,6 +137,76 @@ def test_the_kernel_is_the_hosts_adamw(states):
         assert all(torch.equal(w, m.bfloat16()) for w, m in zip(gpu._weights, gpu.masters, strict=True))
     for a, b in zip(gpu.masters, cpu.masters, strict=True):
         torch.testing.assert_close(a.detach().cpu(), b, rtol=0, atol=2e-6 if states == "fp32" else 2e-3)
+
+
+class NoTokenizer:
+    def save_pretrained(self, folder):
+        (folder / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("states", "offload"), [("fp32", False), ("bf16", False), ("8bit", False), ("fp32", True), ("bf16", True)]
+)
+def test_a_checkpoint_written_while_the_device_is_busy_is_the_state_of_its_moment(
+    make_model, device, tmp_path, states, offload
+):
+    """Copied on a stream of its own while the run draws random numbers and computes, and then updates: masters, moments
+    and bf16 weights of the snapshot's moment come back bit for bit, and so do the generators and the next update."""
+    if states == "8bit":
+        pytest.importorskip("torchao")
+    _, folder = make_model("qwen2", tied=True)
+    options = dict(lr=1e-2, optimizer_states=states, offload_optimizer=offload)
+    size = 4096 if device.type == "cuda" else 64
+    busy = torch.randn(size, size, device=device)
+
+    def update(policy: Policy, seed: int) -> None:
+        g = torch.Generator().manual_seed(seed)
+        for grad in policy.optimizer.grads:
+            grad.copy_(torch.randn(grad.shape, generator=g))
+        policy.update()
+
+    def compute() -> torch.Tensor:
+        """Queued on the device, so that what follows has to wait for it."""
+        found = busy
+        for _ in range(50):
+            found = (found @ busy).tanh()
+        return found + torch.rand(size, device=device)
+
+    def state_of(policy: Policy) -> dict[str, torch.Tensor]:
+        named = dict(policy.model.named_parameters()) | policy.optimizer_state()
+        return {name: tensor.detach().cpu().clone() for name, tensor in named.items()}
+
+    def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+        return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+    policy = Policy(load_model(folder, device), **options)
+    for seed in range(3):
+        compute()
+        update(policy, seed)
+    plain, tensors = random_states()
+    snapshot = policy.snapshot(NoTokenizer(), LoopState(step=3, policy=policy.numbers(), random=plain), tensors)
+    thread = threading.Thread(target=snapshot.write, args=(tmp_path,))
+    thread.start()
+    before = state_of(policy)
+    compute()
+    drawn = torch.rand(8, device=device)
+    snapshot.wait()
+    random_after = random_states()[1]
+    update(policy, 3)
+    thread.join()
+    after = state_of(policy)
+
+    checkpoint = read_checkpoint(tmp_path)
+    other = Policy(load_model(str(tmp_path), device), **options)
+    other.load_training(checkpoint)
+    assert equal(state_of(other), before) and not equal(before, after)
+    assert other.numbers() == checkpoint.loop.policy
+    assert checkpoint.restore_random()
+    compute()
+    assert torch.equal(torch.rand(8, device=device), drawn)
+    assert all(torch.equal(a, random_after[k]) for k, a in random_states()[1].items())
+    update(other, 3)
+    assert equal(state_of(other), after), "moments that are rounded at random too: the generator's state is the same"
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])

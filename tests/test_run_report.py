@@ -224,6 +224,22 @@ def test_every_curve_has_its_figure(make_run):
     assert [names[0][0] for names in reader.data["curves"]][-1] == "used_peak_gib"
 
 
+def test_memory_of_the_host_and_of_a_gpu_and_the_floor_of_the_mismatch_are_drawn(make_run):
+    """A run on a CPU has the host's alone; of a GPU the growth of each step's own reading is seen beside the peaks."""
+    host = {"memory/host_gib": 1.0}
+    gpu = host | {"memory/device_gib": 2.0, "memory/torch_reserved_gib": 1.0, "memory/used_peak_gib": 3.0}
+    drawn = {}
+    for name, keys in (("cpu", host), ("gpu", gpu)):
+        rows = metrics(**keys)
+        rows[1]["mismatch/bf16_floor"] = 0.007
+        page = page_of(make_run(name, rows))
+        drawn[name] = [[key for key, _ in figure] for figure in Reader(page).data["curves"]]
+        assert "0.0070" in page, "the table has it"
+    assert drawn["cpu"][-1] == drawn["gpu"][-1] == ["host_gib"] and len(drawn["gpu"]) == len(drawn["cpu"]) + 1
+    assert drawn["gpu"][-2] == ["device_gib", "torch_reserved_gib", "used_peak_gib"]
+    assert ["abs_dlogp_mean", "bf16_floor"] in drawn["cpu"]
+
+
 def test_many_samples_are_thinned_and_the_page_says_so(make_run, monkeypatch):
     samples = [sample("one two three", step) for step in range(1, 101)]
     monkeypatch.setattr(run_report, "SAMPLE_BYTES", sum(len(json.dumps(s)) for s in samples) // 10)

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_run import FakeEngine, FakePlan, install, one_or_two, read_lines, run_main
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Qwen2Config
 
 import packing
@@ -380,98 +381,9 @@ def test_a_bandit_learns_its_token():
 # ---- the loop, with an engine that writes down what it does
 
 
-class FakeEngine:
-    """Answers "1" or "2" by turns to everything; `events` is what was asked of it, in order."""
-
-    events: list = []  # noqa: RUF012  (reset by the fixture)
-
-    def __init__(self, model, *, tokenizer, **options):
-        self.tokenizer, self.version, self.model, self.ranks = tokenizer, None, None, options["ranks"]
-        self.turn = 0
-        self.events.append("build")
-
-    def wake(self, *tags):
-        self.events.append(f"wake {' '.join(tags)}")
-
-    def sleep(self):
-        self.events.append("sleep")
-
-    def weight_blocks(self):
-        return []
-
-    def load_by_vllm(self, weights):
-        raise AssertionError("for the plan to call")
-
-    def publish(self, version):
-        self.events.append(f"publish {version}")
-        self.version = version
-
-    def generate(self, prompts, *, n, max_tokens, greedy=False, on_finished=lambda i, samples: None):
-        self.events.append("greedy" if greedy else "sample")
-        groups = [[self._sample() for _ in range(n)] for _ in prompts]
-        for i, samples in enumerate(groups):
-            on_finished(i, samples)
-        return groups
-
-    def _sample(self):
-        self.turn += 1
-        text = str(1 + self.turn % 2)
-        ids = [*self.tokenizer.encode(text), self.tokenizer.eos_token_id]
-        return Sample(ids, [-1.0] * len(ids), "stop", text)
-
-
-class FakePlan:
-    bytes_written = 0
-
-    @classmethod
-    def build(cls, policy, engine_model, ranks=None):
-        return cls()
-
-    def formats(self):
-        return {}
-
-    def check_formats(self, quant, skip=()):
-        FakeEngine.events.append(f"formats {quant}")
-
-    def check_coverage(self, blocks):
-        FakeEngine.events.append(f"coverage {blocks}")
-
-    def prove(self, load):
-        assert load.__name__ == "load_by_vllm"
-        FakeEngine.events.append("prove")
-        return 0
-
-    def sync(self):
-        FakeEngine.events.append("sync")
-
-    def verify(self, turn=0, full=False):
-        FakeEngine.events.append("verify full" if full else f"verify {turn}")
-
-
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr(train, "Engine", FakeEngine)
-    monkeypatch.setattr(train, "SyncPlan", FakePlan)
-    monkeypatch.setattr(FakeEngine, "events", [])
-    monkeypatch.setattr(run_report, "draw", lambda runs, out: out.write_bytes(b"drawn"))  # a second for each run
-    return FakeEngine.events
-
-
-def one_or_two(tmp_path: Path, right: str = "1") -> list[str]:
-    """Flags of a run whose every question has the answer `right`."""
-    data = tmp_path / "data.jsonl"
-    rows = [{"question": f"{i}?", "answer": right} for i in range(12)]
-    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return [f"--data={data}", f"--runs-dir={tmp_path / 'runs'}", "--prompts-per-step=2", "--samples-per-prompt=2"]
-
-
-def run_main(monkeypatch, *flags: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-    train.main()
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return install(monkeypatch)
 
 
 @needs_tiny_model
@@ -930,6 +842,38 @@ print(json.dumps([o.outputs[0].text.strip() for o in outputs]))
 """
 
 
+GPU_ONLY = {  # metrics that a run without a GPU has not
+    "memory/device_gib", "memory/planned_peak_gib", "memory/torch_peak_gib", "memory/torch_reserved_gib",
+    "memory/used_peak_gib",
+}  # fmt: skip
+
+
+def documented_keys(text: str) -> set[str]:
+    """The keys in the first columns of the tables of metrics, before the section on events."""
+    lines = text[: text.index("## Events")].splitlines()
+    return {k for line in lines if line.startswith("| `") for k in re.findall(r"`([^`]+)`", line.split("|")[1])}
+
+
+def test_the_events_that_can_be_written_are_those_that_are_documented():
+    """With their numbers: what alarms.py and the others put into an event beside step, event and message."""
+    text = DOCUMENTED.read_text()
+    table = text[text.index("## Events") : text.index("## Samples")]
+    documented = {}
+    for line in table.splitlines():
+        if line.startswith("| `"):
+            cells = line.split(" | ")
+            documented[cells[0].strip("| `")] = set(re.findall(r"`([^`]+)`", cells[-1]))
+    source = (ROOT / "alarms.py").read_text()
+    alarms = set(re.findall(r'Event\(step, "(\w+)"', source))
+    others = {e for path in ROOT.glob("*.py") for e in re.findall(r'"event": "(\w+)"', path.read_text())}
+    assert alarms and others and set(documented) == alarms | others
+    for name in alarms:
+        method = next(m for m in source.split("\n    def ") if f'Event(step, "{name}"' in m)
+        numbers = re.search(r"numbers = \{(.+)\}|message, \{(.+)\}", method)
+        assert documented[name] == set(re.findall(r'"(\w+)": ', numbers[0])), name
+    assert all(documented[name] == set() for name in others)
+
+
 @needs_tiny_model
 @needs_engine
 class TestFinishedRun:
@@ -954,10 +898,12 @@ class TestFinishedRun:
         assert 0.2 < metrics[0]["eval/accuracy"] < 0.9, "the tiny model starts with room to learn"
 
     @pytest.mark.skipif(not DOCUMENTED.exists(), reason="docs/metrics.md is not there")
-    def test_every_logged_key_is_documented(self, finished_run):
-        documented = DOCUMENTED.read_text()
-        keys = {k for m in read_lines(finished_run[1] / "metrics.jsonl") for k in m}
-        assert sorted(k for k in keys if f"`{k}`" not in documented) == []
+    def test_what_is_logged_is_what_is_documented(self, finished_run):
+        logged = {k for m in read_lines(finished_run[1] / "metrics.jsonl") for k in m}
+        documented = documented_keys(DOCUMENTED.read_text())
+        assert logged & GPU_ONLY == set() and sorted(logged ^ (documented - GPU_ONLY)) == []
+        in_the_code = set(re.findall(r'"(memory/\w+)"', (ROOT / "memory.py").read_text()))
+        assert documented >= GPU_ONLY >= in_the_code
 
     def test_samples(self, finished_run):
         samples = read_lines(finished_run[1] / "samples.jsonl")
