@@ -34,6 +34,8 @@ SHAPES = {
                  num_attention_heads=32, num_key_value_heads=8, vocab_size=151936, tie_word_embeddings=True)),
     "qwen3-8b": ("qwen3", dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, head_dim=128,
                  num_attention_heads=32, num_key_value_heads=8, vocab_size=151936, tie_word_embeddings=False)),
+    "qwen3-14b": ("qwen3", dict(hidden_size=5120, intermediate_size=17408, num_hidden_layers=40, head_dim=128,
+                  num_attention_heads=40, num_key_value_heads=8, vocab_size=151936, tie_word_embeddings=False)),
     "qwen3-32b": ("qwen3", dict(hidden_size=5120, intermediate_size=25600, num_hidden_layers=64, head_dim=128,
                   num_attention_heads=64, num_key_value_heads=8, vocab_size=151936, tie_word_embeddings=False)),
     "llama-3.2-1b": ("llama", dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64,
