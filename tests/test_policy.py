@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import head_logprobs
 import packing
+import policy as policy_module
 import sharding
 from checkpoint import LoopState, random_states, read_checkpoint
 from packing import PackingError
@@ -632,3 +633,19 @@ def test_the_noise_floor_is_rounding_alone(family):
 
     exact.logprobs = shifted
     assert exact.noise_floor(sequences) == pytest.approx(0.25, abs=1e-4)
+
+
+def test_layers_that_multiply_in_fp32_give_what_bf16_products_give(monkeypatch):
+    """What a processor without bf16 products takes instead: the same within the rounding of bf16."""
+    batch, found = make_batch(RAGGED), []
+    for supported in (True, False):
+        monkeypatch.setattr(policy_module, "_multiplies_bf16", lambda supported=supported: supported)
+        policy = make_policy("qwen2", torch.bfloat16)
+        layer = policy.model.base_model.layers[0].self_attn.q_proj
+        assert ("forward" in vars(layer)) is not supported
+        found.append((*policy.logprobs(batch), gradients(policy, batch)))
+    (plain, plain_entropy, plain_gradients), (wide, wide_entropy, wide_gradients) = found
+    assert (plain - wide).abs().max() < 5 * BF16 and (plain_entropy - wide_entropy).abs().max() < 5 * BF16
+    for a, b in zip(plain_gradients, wide_gradients, strict=True):
+        if a.norm() > 1e-3:
+            assert torch.nn.functional.cosine_similarity(a.flatten().float(), b.flatten().float(), dim=0) > 0.98
