@@ -122,6 +122,7 @@ class Engine:
         self.ranks = ranks or Ranks()
         self.before_step: Callable[[], None] = lambda: None  # called while generating; what it raises ends that
         self.meanwhile: Callable[[], None] = lambda: None  # called while generating: other work that must not wait
+        self.seconds_loading = math.nan  # of the last load_by_vllm
         self._tokenizer = tokenizer
         self._sampling_params = vllm.SamplingParams
         state = torch.random.get_rng_state()
@@ -177,18 +178,22 @@ class Engine:
         self.version = version
 
     def load_by_vllm(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """HF's tensors through vLLM's own loader, slowly: what a sync is measured against."""
+        """HF's tensors through vLLM's own loader, slowly: what a sync is measured against (`seconds_loading`)."""
         log = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
         level = log.level
         log.setLevel(logging.ERROR)  # it warns of every module that has no weights
+        start = time.perf_counter()
         try:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             raise EngineError(
                 f"vLLM's own loader failed: {error}. --no-prove-sync starts without comparing the sync with it"
             ) from error
         finally:
             log.setLevel(level)
+        self.seconds_loading = time.perf_counter() - start
         self.version = None
 
     def sleep(self) -> None:

@@ -12,6 +12,7 @@ Why each one:
 - VLLM_HOST_IP: vLLM otherwise asks the network for an address, which fails on a machine without one.
 - VLLM_USE_FLASHINFER_SAMPLER=0: it is for top-p and top-k, which are refused here, and vLLM 0.26 imports flashinfer
   without looking whether it is there.
+- VLLM_ALLREDUCE_USE_SYMM_MEM=0: it tries NVLink multicast, which a machine may forbid; vLLM has another all-reduce.
 - VLLM_USE_DEEP_GEMM=0: it would quantize 128 x 128 blocks once more, to scales that are powers of two; vLLM takes
   CUTLASS instead, which needs no compiler at run time.
 """
@@ -40,6 +41,7 @@ def set_defaults() -> None:
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_LOGGING_LEVEL": "WARNING" if has_gpu() else "ERROR",
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
         "VLLM_USE_DEEP_GEMM": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",

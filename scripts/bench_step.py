@@ -271,7 +271,11 @@ def run_timed(command: Sequence[str], log: Path, steps: int, to_the_end: bool = 
 def train_command(work: Workload, quant: str, runs: Path, flags: Sequence[str] = (), ranks: int = 1) -> list[str]:
     """train.py on `work`, with the defaults of a user's run otherwise, in `ranks` processes."""
     reward = ["--reward", work.reward] if work.reward else []
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    several = (
+        ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(ranks)]
+        if ranks > 1
+        else []
+    )
     return [
         sys.executable, *several, str(ROOT / "train.py"), "--model", work.model, "--data", work.data, *reward,
         "--rollout-quant", quant, "--prompts-per-step", str(work.prompts), "--samples-per-prompt", str(work.samples),

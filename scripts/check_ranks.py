@@ -57,8 +57,8 @@ def step(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     packing.register()
     torch.manual_seed(0)
-    if args.shape == "tiny":
-        model = load_model(TINY_MODEL, torch.device("cpu"))
+    if args.model or args.shape == "tiny":
+        model = load_model(args.model or TINY_MODEL, device)
     else:
         model = random_model(args.shape, device.type)
     model.set_attn_implementation(packing.ATTENTION)
@@ -132,7 +132,9 @@ def compare(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=[*SHAPES, "tiny"], required=True)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--shape", choices=[*SHAPES, "tiny"])
+    which.add_argument("--model", help="folder or Hub name")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--prompt-len", type=int, default=128)
@@ -145,7 +147,8 @@ def main() -> None:
     found = step(args, ranks)
     wrong: list[str] = []
     if ranks.first:
-        print(f"{args.shape}, {ranks.world} rank(s): step of {found['metrics']['train/tokens']:.0f} tokens")
+        tokens, seconds = found["metrics"]["train/tokens"], found["seconds"]
+        print(f"{args.shape or args.model}, {ranks.world} rank(s): step of {tokens:.0f} tokens, {seconds:.1f} s")
         if args.out:
             torch.save(found, args.out)
         if args.compare:
