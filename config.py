@@ -72,7 +72,8 @@ FREE = ("steps", "save_every", "keep_last", "resume", "run_name", "runs_dir", "a
         "kv_cache_gib", "trust_remote_code")  # fmt: skip
 # Flags of the machine: chosen where they are None, the most by the memory plan; config.json has the choice, and a
 # resumed run keeps to it unless it is told otherwise.
-BY_MACHINE = ("micro_batch_tokens", "gradient_checkpointing", "offload_optimizer", "compile", "tp")
+BY_MACHINE = ("micro_batch_tokens", "gradient_checkpointing", "offload_optimizer", "reshard_after_forward", "compile",
+              "tp")  # fmt: skip
 
 
 class ConfigError(ValueError):
@@ -207,6 +208,10 @@ class Args:
     from the memory plan."""
     gradient_checkpointing: bool | None = None
     """Recompute activations in the backward pass: slower by a quarter, much less memory. None: from the memory plan."""
+    reshard_after_forward: bool | None = None
+    """With several ranks: give a layer's weights up after its pass, and reduce its gradients in each micro-batch (the
+    FULL_SHARD of FSDP). False: weights and gradient sums are whole on each GPU from the first micro-batch of an update
+    to the last, and travel once: faster where there is room. None: from the memory plan."""
     compile: bool | None = None
     """torch.compile the policy's layers: a fifth faster and smaller, 10 s at the first step. None: on a GPU."""
 

@@ -18,6 +18,7 @@ QUANTIZATION = {
 # Bits of formats that no engine runs here: a bf16 engine gets weights that were rounded to them.
 SIMULATED = {"int4-sim": 4, "int3-sim": 3, "int2-sim": 2}
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # vLLM's, of HF's
+PROMPTS_BESIDE = 256  # tokens
 
 
 class EngineError(RuntimeError):
@@ -99,6 +100,20 @@ def skipped_layers(linear: Sequence[str], names: str) -> list[str]:
                 "matrix: name all of them or none"
             )
     return [layer for layer in linear if layer in skipped]
+
+
+def graph_sizes(sequences: int) -> list[int] | None:
+    """Batch sizes [tokens] of the CUDA graphs of an engine that runs so many sequences at once; None: vLLM's own, which
+    end at 512.
+
+    Above that vLLM launches kernel by kernel. An engine of 512 sequences gets there too, whenever a prompt takes the
+    place of a sequence that has ended: so sizes go on, in steps of 64, up to `PROMPTS_BESIDE` tokens of prompts beside
+    all sequences.
+    """
+    if sequences <= 256:
+        return None
+    top = -(-(sequences + PROMPTS_BESIDE) // 64) * 64
+    return [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16), *range(576, top + 1, 64)]
 
 
 def quantization_options(quant: str, skip: Sequence[str]) -> dict[str, Any]:

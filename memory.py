@@ -147,19 +147,21 @@ def workspace_bytes(s: ModelSizes, sequences: int, max_model_len: int, tp: int) 
     return max(6 * sequences * s.vocab, 2 * tokens * (3 * s.intermediate // tp + 2 * s.hidden))
 
 
-def sharding_bytes(s: ModelSizes, world: int) -> int:
+def sharding_bytes(s: ModelSizes, world: int, reshard: bool = True) -> int:
     """What FSDP2 has beside its shards while a micro-batch is trained on; nothing in a world of one.
 
     The bf16 weights of two layers (one computes, the next arrives) and of the root, which stays gathered; the bf16
     gradients of two layers and the root; and what is reduced in fp32: whole as it goes in, a shard as it comes out.
+    Without `reshard` all weights are gathered, and all gradients have a sum in fp32.
     """
     if world == 1:
         return 0
     layer = (s.parameters - s.root) / s.layers
     learns = (layer, s.root) if s.trained is None else (s.trained / s.layers, 0)
-    weights = 2 * (2 * layer + s.root)
+    weights = 2 * (2 * layer + s.root) if reshard else 2 * s.parameters
+    sums = 0 if reshard else GRADIENT * (s.parameters if s.trained is None else s.trained)
     gradients = 2 * (2 * learns[0] + max(0, learns[1] - s.vocab * s.hidden))  # the head's: activation_bytes
-    return int(weights + gradients + GRADIENT * sum(learns) * (1 + 1 / world))
+    return int(weights + sums + gradients + GRADIENT * sum(learns) * (1 + 1 / world))
 
 
 def sync_bytes(s: ModelSizes, world: int) -> int:
@@ -199,6 +201,7 @@ class MemoryPlan:
     training_peak: int = 0  # of a micro-batch
     host: int = 0
     world: int = 1  # GPUs that have this plan, each for itself
+    reshard: bool = False  # weights and gradient sums are whole on no GPU
     sharding: int = 0  # FSDP2's beside its shards, while training
     sync_buffers: int = 0
     logprob_tokens: int = 0  # of a pass without gradient
@@ -248,6 +251,7 @@ class MemoryPlan:
             "--sleep": str(self.sleep_level),
             "--offload-optimizer": str(self.offload),
             "--gradient-checkpointing": str(self.checkpointing),
+            "--reshard-after-forward": str(self.reshard),
             "--micro-batch-tokens": str(self.micro_batch_tokens),
             "--kv-cache-gib": _gib(self.kv_cache),
         }
@@ -310,6 +314,12 @@ def _reasons(
         kept = instead["--gradient-checkpointing"]
         saved = kept.training_peak - plan.training_peak
         why["--gradient-checkpointing"] = f"saves {_gib(saved)} GiB; {_gib(kept.short)} GiB short without"
+    if plan.world == 1:
+        del why["--reshard-after-forward"]
+    elif plan.reshard and "--reshard-after-forward" in open_choice:
+        whole = instead["--reshard-after-forward"]
+        saved = whole.sharding - plan.sharding
+        why["--reshard-after-forward"] = f"saves {_gib(saved)} GiB; {_gib(whole.short)} GiB short without"
     tokens, larger = plan.micro_batch_tokens, instead["--micro-batch-tokens"]
     if "--micro-batch-tokens" not in open_choice:
         if tokens != asked["--micro-batch-tokens"]:
@@ -340,6 +350,7 @@ def plan_memory(
     checkpointing: bool | None,
     offload: bool | None,
     sleep: str,
+    reshard: bool | None = None,
     kv_cache_gib: float | None = None,
     compiled: bool = True,
     optimizer_states: str = "fp32",
@@ -353,12 +364,12 @@ def plan_memory(
     For each of `world` GPUs alike: the training state is divided among all of them, an engine among `tp`. `free` is
     then that of the fullest GPU, `max_num_seqs` one engine's, and `host_free` is what all ranks share.
 
-    `micro_batch_tokens`, `checkpointing` and `offload` (master weights and moments in host memory) are chosen where
-    they are None, `sleep` where it is "auto"; the first that fits is taken, in order of what it costs: smaller
-    micro-batches, recomputed activations, an engine that sleeps at level 2 while the policy trains (the sync writes
-    every weight anyway), an offloaded optimizer, for which the host must have room (`host_free`; None: not asked). An
-    engine that stays has a KV cache for `max_num_seqs` full sequences; one that sleeps has what the training state
-    leaves. Raises MemoryPlanError if nothing fits.
+    `micro_batch_tokens`, `checkpointing`, `offload` (master weights and moments in host memory) and `reshard` (no GPU
+    has weights and gradient sums whole) are chosen where they are None, `sleep` where it is "auto"; the first that fits
+    is taken, in order of what it costs: smaller micro-batches, resharding, recomputed activations, an engine that
+    sleeps at level 2 while the policy trains (the sync writes every weight anyway), an offloaded optimizer, for which
+    the host must have room (`host_free`; None: not asked). An engine that stays has a KV cache for `max_num_seqs` full
+    sequences; one that sleeps has what the training state leaves. Raises MemoryPlanError if nothing fits.
     """
     s = sizes
     host_free = None if host_free is None else host_free // world
@@ -368,7 +379,7 @@ def plan_memory(
     of_optimizer = int(STATE_BYTES[optimizer_states] * learns / world)
     slots = int(SLOTS * STATE_BYTES[optimizer_states] * PIECE_ELEMENTS)
 
-    def planned(level: int, checkpoint: bool, tokens: int, on_host: bool) -> MemoryPlan:
+    def planned(level: int, checkpoint: bool, sharded: bool, tokens: int, on_host: bool) -> MemoryPlan:
         plan = MemoryPlan(
             level, checkpoint, on_host, tokens, 0, wanted, free,
             engine_weights=-(-(2 * s.parameters - one_byte_weights) // tp),
@@ -380,7 +391,8 @@ def plan_memory(
             training_peak=activation_bytes(s, tokens, checkpoint, compiled),
             host=of_optimizer if on_host else 0,
             world=world,
-            sharding=sharding_bytes(s, world),
+            reshard=sharded,
+            sharding=sharding_bytes(s, world, sharded),
             sync_buffers=sync_bytes(s, world),
             logprob_tokens=logprob_tokens(s, tokens, checkpoint, compiled),
         )  # fmt: skip
@@ -393,22 +405,29 @@ def plan_memory(
     choices = MICRO_BATCH_CHOICES if micro_batch_tokens is None else (micro_batch_tokens,)
     sizes_of_micro_batch = list(dict.fromkeys(max(tokens, max_model_len) for tokens in choices))  # holds one sequence
     places = (False, True) if offload is None and optimizer_states != "8bit" else (bool(offload),)
-    for on_host, level, checkpoint, tokens in itertools.product(places, levels, checkpoints, sizes_of_micro_batch):
-        plan = planned(level, checkpoint, tokens, on_host)
+    shardings = (False,) if world == 1 else (False, True) if reshard is None else (reshard,)
+    for on_host, level, checkpoint, sharded, tokens in itertools.product(
+        places, levels, checkpoints, shardings, sizes_of_micro_batch
+    ):
+        plan = planned(level, checkpoint, sharded, tokens, on_host)
         if plan.short <= 0:
             break
     # What a choice avoids comes before it in that order, and was found not to fit.
     position = sizes_of_micro_batch.index(tokens)
     instead = {
-        "--sleep": planned(0, checkpoint, tokens, on_host),
-        "--offload-optimizer": planned(level, checkpoint, tokens, False),
-        "--gradient-checkpointing": planned(level, False, tokens, on_host),
-        "--micro-batch-tokens": planned(level, checkpoint, sizes_of_micro_batch[max(0, position - 1)], on_host),
+        "--sleep": planned(0, checkpoint, sharded, tokens, on_host),
+        "--offload-optimizer": planned(level, checkpoint, sharded, tokens, False),
+        "--gradient-checkpointing": planned(level, False, sharded, tokens, on_host),
+        "--reshard-after-forward": planned(level, checkpoint, False, tokens, on_host),
+        "--micro-batch-tokens": planned(
+            level, checkpoint, sharded, sizes_of_micro_batch[max(0, position - 1)], on_host
+        ),
     }
     asked = {
         "--sleep": None if sleep == "auto" else sleep,
         "--offload-optimizer": offload,
         "--gradient-checkpointing": checkpointing,
+        "--reshard-after-forward": reshard,
         "--micro-batch-tokens": micro_batch_tokens,
         "--kv-cache-gib": kv_cache_gib,
     }

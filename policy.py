@@ -23,7 +23,7 @@ from lora import has_adapters
 from optimizer import MasterAdamW
 from packing import pack
 from ranks import Ranks
-from sharding import LogprobModel, span, whole
+from sharding import LogprobModel, begin_micro_batch, give_up, span, whole
 from weight_sources import is_sharded, local
 
 FAMILIES = ("qwen2", "qwen3", "llama")  # logits = head(last hidden state): no scaling, no soft cap
@@ -174,6 +174,7 @@ class Policy:
         logprob_tokens: in a pass without gradient, where the memory plan knows that more than a micro-batch fit.
         ranks: over which the model is sharded, by sharding.shard. All of them call the same methods in the same order.
         root: `model` with its log-probs, where it is sharded; None: made here.
+        reshard: as it was sharded (sharding.shard).
     """
 
     def __init__(
@@ -193,6 +194,7 @@ class Policy:
         logprob_tokens: int = 0,
         ranks: Ranks | None = None,
         root: LogprobModel | None = None,
+        reshard: bool = True,
     ):
         if model.config.model_type not in FAMILIES:
             raise PolicyError(
@@ -202,6 +204,7 @@ class Policy:
         self.model, self.ranks = model, ranks or Ranks()
         self._root = root or LogprobModel(model, temperature)
         self._sharded = is_sharded(next(model.parameters()))
+        self._reduces_once = self._sharded and not reshard
         self.device = next(model.parameters()).device
         self.max_grad_norm = max_grad_norm
         self.lr, self.warmup_steps = lr, warmup_steps
@@ -248,8 +251,8 @@ class Policy:
         self, prompt_ids: list[list[int]], response_ids: list[list[int]], plain: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         found = self._root(prompt_ids, response_ids, self.device, plain)
-        if self._sharded and not torch.is_grad_enabled():  # no backward pass comes that would give the root up
-            self._root.reshard()
+        if self._sharded and not torch.is_grad_enabled():  # no backward pass comes that would give the weights up
+            give_up(self._root)
         return found
 
     @torch.no_grad()
@@ -275,7 +278,9 @@ class Policy:
         the same weights. A gap between sampler and trainer of this size is rounding, not quantization."""
         prompts, responses = [p for p, _ in sequences], [r for _, r in sequences]
         nothing = torch.zeros(sum(map(len, responses)), device=self.device)
-        packed, _ = self.logprobs(Batch(prompts, responses, nothing, nothing, nothing.bool()))
+        with torch.set_grad_enabled(not self._sharded):  # the compiled layers that training has, not others
+            packed, _ = self.logprobs(Batch(prompts, responses, nothing, nothing, nothing.bool()))
+        packed = packed.detach()
         plain, _ = self._forward(prompts, responses, plain=True)
         return float((plain - packed).abs().sum()) / len(packed)
 
@@ -284,6 +289,11 @@ class Policy:
     def current_lr(self) -> float:
         """lr of the next update: linear warm-up from lr / warmup_steps, then constant."""
         return self.lr * min(1.0, (self.updates + self.skipped + 1) / max(1, self.warmup_steps))
+
+    def begin_micro_batch(self, last: bool) -> None:
+        """Before a micro-batch that is trained on: whether the update comes after its backward pass."""
+        if self._reduces_once:
+            begin_micro_batch(self._root, last)
 
     @torch.no_grad()
     def update(self) -> tuple[float, bool]:
@@ -340,6 +350,7 @@ class Policy:
 
     def _whole_state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint has of the weights, gathered to the host of the first rank; {} on the others."""
+        give_up(self._root)  # of an update that was broken off
         found, seen = {}, {}
         for name, tensor in self.model.state_dict(keep_vars=True).items():  # a tied head is one object
             if has_adapters(self.model) and name not in self._names:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from engine_options import EngineError, check_platform, quantization_options
+from engine_options import EngineError, check_platform, graph_sizes, quantization_options
 from fast_scheduler import QUALNAME, FastPath, scheduler_of
 from loop_control import Stopped
 from ranks import Ranks
@@ -125,6 +125,7 @@ class Engine:
         self.seconds_loading = math.nan  # of the last load_by_vllm
         self._tokenizer = tokenizer
         self._sampling_params = vllm.SamplingParams
+        sizes = graph_sizes(max_num_seqs) if on_gpu else None
         state = torch.random.get_rng_state()
         try:
             self.llm = vllm.LLM(
@@ -147,6 +148,7 @@ class Engine:
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
                 **({"scheduler_cls": QUALNAME} if fast_scheduler else {}),
+                **({"compilation_config": {"cudagraph_capture_sizes": sizes}} if sizes else {}),
                 **_launched(self.ranks),
             )
         except (OSError, ValueError, RuntimeError) as error:  # torch's out-of-memory error is a RuntimeError

@@ -6,6 +6,10 @@ Each decoder layer is gathered when it computes and given up after it; embedding
 stay gathered from the forward to the end of the backward pass. That wants one root whose forward reads the head's
 weight: LogprobModel. Gradients are summed over ranks, not averaged, in fp32: a loss is divided by the tokens of the
 whole update already.
+
+Where there is room (`reshard=False`), weights stay gathered from an update's first micro-batch to its last, and each
+rank sums its gradients, whole and in fp32, to be reduced once: what travels between the GPUs does not grow with the
+number of micro-batches.
 """
 
 from collections.abc import Sequence
@@ -67,9 +71,9 @@ class LogprobModel(nn.Module):
         return torch.cat(pieces)
 
 
-def shard(root: LogprobModel, ranks: Ranks, device: torch.device) -> None:
+def shard(root: LogprobModel, ranks: Ranks, device: torch.device, reshard: bool = True) -> None:
     """Over all ranks, in place: parameters become DTensors, each rank with its rows of them on `device`. Every rank
-    must hold the same weights."""
+    must hold the same weights. With `reshard` False call `begin_micro_batch` before each micro-batch."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -79,7 +83,7 @@ def shard(root: LogprobModel, ranks: Ranks, device: torch.device) -> None:
     }
     layers = list(root.model.base_model.layers)
     for layer in layers:
-        fully_shard(layer, **options)
+        fully_shard(layer, **options, reshard_after_forward=reshard)
     fully_shard(root, **options, reshard_after_forward=False)
     for module in (*layers, root):
         module.set_gradient_divide_factor(1.0)
@@ -88,6 +92,22 @@ def shard(root: LogprobModel, ranks: Ranks, device: torch.device) -> None:
         if buffer.device != device:
             owner, _, leaf = name.rpartition(".")
             setattr(root.get_submodule(owner), leaf, buffer.to(device))
+
+
+def begin_micro_batch(root: LogprobModel, last: bool) -> None:
+    """Before the forward pass of a micro-batch: only after the `last` of an update are gradients reduced and weights
+    given up."""
+    root.set_requires_gradient_sync(last)
+    root.set_reshard_after_backward(last)
+
+
+def give_up(root: LogprobModel) -> None:
+    """Whatever weights are still gathered: after a pass without a backward pass, or one that was not the last."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def span(parameter: Tensor, ranks: Ranks) -> tuple[int, int]:

@@ -311,9 +311,10 @@ def train_step(
             mine = ranks.share(mini.micro_batches(args.micro_batch_tokens, ranks.world))
             micro_batches = [mini.select(chosen) if chosen else mini.nothing() for chosen in mine]
         loss_sum = torch.zeros((), device=policy.device)
-        for micro in micro_batches:
+        for i, micro in enumerate(micro_batches):
             if not norms:
                 check()
+            policy.begin_micro_batch(last=i == len(micro_batches) - 1)
             logprobs, entropy = policy.logprobs(micro)
             # One update per batch: the weights are still the step's, so old log-probs are the policy's own.
             old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
@@ -421,7 +422,7 @@ def build(
     if ranks.world == 1:
         model.to(device)
     else:
-        shard(root, ranks, device)
+        shard(root, ranks, device, bool(args.reshard_after_forward))
         if device.type == "cuda":
             torch.cuda.empty_cache()  # of a model that was whole here: what vLLM allocates comes from elsewhere
     plan = SyncPlan.build(sync_sources(model, args, skip), engine.model, ranks)
@@ -449,6 +450,7 @@ def build(
             logprob_tokens=memory.logprob_tokens,
             ranks=ranks,
             root=root,
+            reshard=bool(args.reshard_after_forward),
         )
     except torch.OutOfMemoryError as error:
         raise MemoryPlanError(
@@ -563,6 +565,7 @@ def plan_device(args: Args, config: Any, ranks: Ranks | None = None) -> tuple[Ar
             micro_batch_tokens=args.micro_batch_tokens,
             checkpointing=args.gradient_checkpointing,
             offload=args.offload_optimizer,
+            reshard=args.reshard_after_forward,
             sleep=args.sleep,
             kv_cache_gib=args.kv_cache_gib,
             compiled=compiled,
@@ -582,6 +585,7 @@ def plan_device(args: Args, config: Any, ranks: Ranks | None = None) -> tuple[Ar
             sleep_level=0,
             checkpointing=bool(args.gradient_checkpointing),
             offload=bool(args.offload_optimizer),
+            reshard=ranks.world > 1 and args.reshard_after_forward is not False,
             micro_batch_tokens=args.micro_batch_tokens or max(MICRO_BATCH_CHOICES[0], args.max_model_len),
             kv_cache=wanted if args.kv_cache_gib is None else int(args.kv_cache_gib * GIB),
         )
@@ -591,6 +595,7 @@ def plan_device(args: Args, config: Any, ranks: Ranks | None = None) -> tuple[Ar
         "micro_batch_tokens": plan.micro_batch_tokens,
         "gradient_checkpointing": plan.checkpointing,
         "offload_optimizer": plan.offload,
+        "reshard_after_forward": plan.reshard if ranks.world > 1 else None,
         "compile": compiled,
     }
     return dataclasses.replace(args, **chosen), plan, skip

@@ -40,6 +40,9 @@ CASES = {
     "lora": {"lora_rank": 3},
     "few": {},  # fewer samples than ranks
     "clipped": {"max_grad_norm": 0.01},
+    "whole": {"reshard_after_forward": False},
+    "whole-updates": {"reshard_after_forward": False, "updates_per_batch": 3, "gradient_checkpointing": True},
+    "whole-lora": {"reshard_after_forward": False, "lora_rank": 3},
 }
 
 
@@ -75,11 +78,12 @@ def step(case: str, ranks: Ranks) -> dict:
         lora.add_adapters(model, args.lora)
     root = LogprobModel(model, 0.9)
     if ranks.world > 1:
-        shard(root, ranks, torch.device("cpu"))
+        shard(root, ranks, torch.device("cpu"), args.reshard_after_forward is not False)
     policy = Policy(
         model, lr=1e-3, temperature=0.9, checkpointing=bool(args.gradient_checkpointing),
         max_grad_norm=args.max_grad_norm, optimizer_states=args.optimizer_states,
         offload_optimizer=bool(args.offload_optimizer), ranks=ranks, root=root,
+        reshard=args.reshard_after_forward is not False,
     )  # fmt: skip
     groups = groups_of(1 if case == "few" else 6)
     gradients: list[torch.Tensor] = []

@@ -155,7 +155,7 @@ def test_explicit_values_survive(model):
 def test_what_does_not_depend_on_the_model_is_never_none_after_resolving():
     args = Args().resolved()
     nones = {k for k, v in dataclasses.asdict(args).items() if v is None}
-    chosen = {"micro_batch_tokens", "gradient_checkpointing", "offload_optimizer", "compile"}  # by the memory plan
+    chosen = {"micro_batch_tokens", "gradient_checkpointing", "offload_optimizer", "reshard_after_forward", "compile"}
     chosen |= {"mask_low", "mask_high"}  # by the correction
     chosen |= {"lora_alpha"}  # by the rank
     assert nones == {"eval_data", "reward", "memory_gib", "kv_cache_gib", "dual_clip", "run_name", "resume"} | chosen

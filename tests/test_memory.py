@@ -592,7 +592,7 @@ def no_room(sizes, gib, **changes) -> MemoryPlanError:
 
 def test_what_each_of_several_gpus_holds_by_hand(sizes):
     """1.5B over 8: the state by 8, the engine by --tp, and FSDP2's gathered weights and gradients on top."""
-    got = plan(sizes, 139, world=8, tp=2)
+    got = plan(sizes, 139, world=8, tp=2, reshard=True)
     assert got.training_state * 8 == STATE
     assert got.engine_weights == (LINEAR + 2 * (PARAMETERS - LINEAR)) // 2
     assert got.kv_wanted * 2 == plan(sizes, 139).kv_wanted  # one of the two heads
@@ -609,6 +609,17 @@ def test_what_each_of_several_gpus_holds_by_hand(sizes):
     assert got.used("rollout") == built + state + got.engine_workspace
     assert got.used("train") == built + state + got.training_peak + got.sharding
     assert got.engine_workspace == 2 * PREFILL_TOKENS * (3 * INTERMEDIATE // 2 + 2 * H)
+
+
+def test_weights_stay_whole_where_there_is_room_and_the_plan_says_what_it_saves(sizes):
+    roomy = plan(sizes, 139, world=8)
+    assert not roomy.reshard and roomy.reasons["--reshard-after-forward"] == "fits"
+    learns = roomy.sharding - (sharding_bytes(sizes, 8) - 2 * (2 * (PARAMETERS - V * H - H) // LAYERS + V * H + H))
+    assert learns == pytest.approx((2 + 4) * PARAMETERS, abs=8)  # bf16 weights, fp32 sums
+    tight = plan(sizes, 27, world=8)
+    assert tight.reshard and "GiB short without" in tight.reasons["--reshard-after-forward"]
+    assert plan(sizes, 139, world=8, reshard=True).reasons["--reshard-after-forward"] == "asked for"
+    assert "reshard" not in plan(sizes, 139).table()
 
 
 def test_heads_that_are_fewer_than_the_ranks_of_an_engine_are_held_by_several(sizes):

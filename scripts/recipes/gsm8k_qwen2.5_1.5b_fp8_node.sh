@@ -5,7 +5,7 @@
 #    at commit 825f2e82e289d6011d80957c48132618fed3d460. It says that it was tested on 2 H100.
 # D: the defaults of that commit, skyrl-train/skyrl_train/config/ppo_base_config.yaml.
 # Hardware: one node of GPUs; gsm8k_qwen2.5_1.5b_fp8.sh is the same on one. Each GPU has an engine of its own and trains
-# on its share of the samples. By the plan, not run: on 8 x 80 GB nothing sleeps, 65 of 78 GiB of a GPU in use. This
+# on its share of the samples. By the plan, not run: on 8 x 80 GB nothing sleeps, 73 of 78 GiB of a GPU in use. This
 # script has not been run.
 #
 #   --model Qwen/Qwen2.5-1.5B-Instruct  S
