@@ -5,6 +5,7 @@ prints the table with each choice and its reason, and after the first step what 
 figures are those of one of them, all have the same plan, and FSDP2's shards and --tp divide what can be divided.
 """
 
+import ctypes
 import itertools
 import os
 from dataclasses import dataclass, field, replace
@@ -467,6 +468,14 @@ def host_memory() -> int:
 def host_used() -> int:
     """Bytes of the host's memory that this process holds (resident set, shared pages included)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def return_free_memory() -> None:
+    """Give the system back what malloc keeps of freed memory, in the arenas of all threads; does nothing without glibc.
+    5 to 13 ms where 40 to 80 MiB are free in a heap of 300, in which other threads may wait for malloc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def most_seen(everyone: list[dict[str, int]]) -> dict[str, int]:

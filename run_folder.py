@@ -29,6 +29,7 @@ import torch
 
 from checkpoint import Checkpoint, CheckpointError, Snapshot, read_checkpoint, shard_names
 from keys import without_secrets
+from memory import return_free_memory
 from ranks import Ranks
 from trackers import TrackerError, Trackers
 
@@ -175,6 +176,7 @@ class RunFolder:
 
         def work() -> None:
             lost = self._write_part(final, snapshot)
+            return_free_memory()  # the copies': malloc keeps them in this thread's arena, and the next may have another
             if not self.ranks.first:
                 self._lost = _why(lost)
                 return

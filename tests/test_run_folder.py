@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 
 import run_folder
 from checkpoint import CheckpointError, LoopState, Snapshot, random_states, read_checkpoint
+from memory import host_used
 from run_folder import RunFolder, RunFolderError, check_free, default_run_name
 from trackers import TrackerError
 
@@ -235,6 +236,19 @@ def test_a_checkpoint_is_written_while_the_run_goes_on(run):
     run.save_checkpoint(8, write_weights("eight"))  # waits for the one before
     assert names(run) == ["step-000007", "step-000008"]
     assert (path / "model.safetensors").read_text() == "seven"
+
+
+def test_a_thread_that_wrote_a_checkpoint_keeps_none_of_its_copies(run):
+    """In a fresh thread's arena malloc would keep all 48 MiB, once it has seen a larger piece freed."""
+
+    def copies(folder: Path) -> None:
+        assert len([torch.ones(2**18) for _ in range(48)]) == 48
+
+    torch.ones(28 * 2**18)
+    before = host_used()
+    run.save_checkpoint(7, Write(copies), wait=False)
+    run.close()
+    assert host_used() - before < 16 * 2**20
 
 
 @pytest.mark.parametrize("then", ["asked", "close"])

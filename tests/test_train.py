@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -985,6 +986,23 @@ def test_ctrl_c_in_a_long_run_saves_and_exits_with_0(tmp_path):
     assert [p.name for p in checkpoints] == [f"step-{last:06d}"]
     AutoModelForCausalLM.from_pretrained(checkpoints[0])
     assert "Traceback" not in err and "stopping" in err
+
+
+@needs_tiny_model
+@needs_engine
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the bound was measured on a CPU")
+def test_host_memory_does_not_grow_with_steps_and_checkpoints(tmp_path):
+    """A checkpoint every ten steps. What their threads would keep of the copies is 26 MiB each for two of them."""
+    done = run_train(
+        *("--steps=200", "--save-every=10", "--prompts-per-step=4", "--samples-per-prompt=4", "--eval-every=0"),
+        *("--lr=1e-5", "--run-name=x", f"--runs-dir={tmp_path}"),
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    held = [m["memory/host_gib"] for m in read_lines(tmp_path / "x" / "metrics.jsonl")]
+    before, middle, late = (statistics.median(held[i:j]) for i, j in ((5, 10), (50, 100), (150, 200)))
+    assert late - middle < 0.008 and late - before < 0.02, (before, middle, late)
 
 
 @needs_tiny_model
