@@ -18,6 +18,7 @@ from head_logprobs import CHUNK_ELEMENTS
 from lora import LoraSettings, add_adapters, trained
 from optimizer import PIECE_ELEMENTS, SLOTS, STATE_BYTES
 from quant_sync import STAGING_BYTES
+from weight_sources import PACK_BYTES
 
 GIB = 2**30
 USABLE = 0.96  # of the free memory: the rest is for fragmentation
@@ -167,13 +168,15 @@ def sharding_bytes(s: ModelSizes, world: int, reshard: bool = True) -> int:
 
 def sync_bytes(s: ModelSizes, world: int) -> int:
     """The sync's two staging buffers, for weights that do not lie as they are needed: shards, or layers with adapters.
-    Each holds the largest parameter of the engine at least."""
+    Each holds the largest parameter of the engine at least. Shards are sent from and received in memory of their own.
+    """
     if world == 1 and not s.rank:
         return 0
     largest = max(2 * s.intermediate * s.hidden, (s.query + 2 * s.key) * s.hidden)  # gate and up; q, k and v
     if world > 1:
         largest = max(largest, s.vocab * s.hidden)
-    return 2 * min(max(STAGING_BYTES, 2 * largest), 2 * s.parameters)
+    packs = 0 if world == 1 else int(min(PACK_BYTES, 2 * s.parameters) * (1 + 1 / world))
+    return 2 * min(max(STAGING_BYTES, 2 * largest), 2 * s.parameters) + packs
 
 
 def sequences_at_once(max_num_seqs: int, prompts: int, samples: int, engines: int = 1) -> int:

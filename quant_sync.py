@@ -31,7 +31,7 @@ import quant_formats as formats
 from quant_formats import COPY, Agree, Format, SyncError, read_format
 from ranks import Ranks
 from tensor_parallel import cuts_of, shared_amax
-from weight_sources import Source, Watch, is_sharded, local
+from weight_sources import PackedGather, Source, Watch, is_sharded, local, packs_of
 
 VERIFY_EVERY = 32  # verify() compares one piece of the engine's weights in this many, other ones each time
 STAGING_BYTES = 256 << 20  # of one of the two staging buffers; a parameter that is larger enlarges them
@@ -73,12 +73,14 @@ class _Wave:
     beside them parts that are cut by columns, since the kernels read dense rows.
 
     `groups[i]` says in which turn rows[i]'s scale is compared with the policy, not only its bytes with the scale.
+    `gathers` must be given memory before the first `stage`.
     """
 
     def __init__(self, rows: Sequence[Row], groups: Sequence[int], flags: torch.Tensor, buffer: torch.Tensor | None):
         self.rows, self.groups, self._flags = rows, groups, flags
         self.weights: list[dict[str, torch.Tensor]] = []
         self._fills: list[Callable[[], object]] = []
+        packed: list[tuple[torch.Tensor, torch.Tensor]] = []
         offset = 0
 
         def take(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -93,13 +95,17 @@ class _Wave:
                 whole = source.tensor
                 if whole is None:
                     whole = take(source.shape, source.dtype)
-                    self._fills.append(partial(source.fill, whole))
+                    if source.packs:
+                        packed.append((source.shards, whole))
+                    else:
+                        self._fills.append(partial(source.fill, whole))
                 found[source.name] = source.part(whole)
                 if source.cut_by_columns:
                     dense = take(source.part_shape, source.dtype)
                     self._fills.append(partial(dense.copy_, found[source.name]))
                     found[source.name] = dense
             self.weights.append(found)
+        self.gathers = [PackedGather(pairs) for pairs in packs_of(packed)]
         self._sweep = None
         if flags.is_cuda:
             from quant_kernels import Item, Sweep
@@ -113,7 +119,7 @@ class _Wave:
             self._sweep = Sweep(items, VERIFY_EVERY, flags, next((r.agree for r in rows if r.agree), None))
 
     def stage(self) -> None:
-        for fill in self._fills:
+        for fill in (*self.gathers, *self._fills):
             fill()
 
     def write(self) -> None:
@@ -189,6 +195,10 @@ class SyncPlan:
             for rows in _packed([r for r, _ in members], buffers[0].numel()):
                 buffer = buffers[len(self._staged) % 2]
                 self._staged.append(_Wave(rows, [group] * len(rows), self._flags, buffer))
+        gathers = [gather for wave in self._staged for gather in wave.gathers]
+        scratch = torch.empty(max((g.scratch_bytes for g in gathers), default=0), dtype=torch.uint8, device=device)
+        for gather in gathers:  # one after the other, on one stream
+            gather.use(scratch)
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)
             self._filled = [torch.cuda.Event(), torch.cuda.Event()]  # of the two staging buffers: may be read

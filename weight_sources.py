@@ -3,13 +3,15 @@
 Axes: O/I output/input features of a weight, R rank of a LoRA adapter.
 
 Shards. Under FSDP2 each rank holds some rows of a tensor, a DTensor. They are gathered when their group is staged, into
-the staging buffer itself: a collective, which every rank must enter in the same order. What is merged or rounded is
-so after it was gathered and before a tensor-parallel engine's part is cut out of it: the bits are those of a policy
-that is not sharded.
+the staging buffer itself: a collective, which every rank must enter in the same order. Small tensors travel together
+(PackedGather), since a collective costs the host more than their bytes do. What is merged or rounded is so after it
+was gathered and before a tensor-parallel engine's part is cut out of it: the bits are those of a policy that is not
+sharded.
 """
 
+import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +20,8 @@ import torch.distributed as dist
 
 from quant_formats import SyncError
 from tensor_parallel import Cut
+
+PACK_BYTES = 64 << 20  # of tensors that are gathered together; one of more than a quarter of that travels alone
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,12 @@ class Source:
     fill: Callable[[torch.Tensor], None] | None = None
     watched: tuple[torch.Tensor, ...] = ()  # these must stay at their addresses
     cut: Cut | None = None
+    shards: torch.Tensor | None = None  # the DTensor, where all that `fill` does is to gather it
+
+    @property
+    def packs(self) -> bool:
+        """Whether it is gathered together with others."""
+        return self.shards is not None and math.prod(self.shape) * self.dtype.itemsize <= PACK_BYTES // 4
 
     @property
     def part_shape(self) -> tuple[int, ...]:
@@ -75,7 +85,8 @@ class Source:
                     f"the policy's {name} is sharded on {tensor.device} and the engine on {device}; shard it there "
                     "(fully_shard without CPUOffloadPolicy)"
                 )
-            return Source(name, shape, dtype, fill=lambda out: gather(value, out), watched=(value,))
+            shards = None if value.placements[0].is_replicate() else value
+            return Source(name, shape, dtype, fill=lambda out: gather(value, out), watched=(value,), shards=shards)
         if tensor.device == device:
             return Source(name, shape, dtype, tensor, watched=(value,))
         if not tensor.is_pinned():
@@ -161,6 +172,66 @@ def gather(tensor: torch.Tensor, out: torch.Tensor) -> None:
     everyone = part.new_empty(most * ranks, *part.shape[1:])
     dist.all_gather_into_tensor(everyone, padded, group=group)
     out.copy_(everyone[:rows])
+
+
+class PackedGather:
+    """Some DTensors in one collective, each into its `whole`: dense, of its shape and dtype. All are sharded alike.
+
+    `use` gives it `scratch_bytes` for what is sent and received, which others may use between calls. Shards are read
+    where they lay then.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]):
+        self._pairs = pairs
+        self._ranks, self._group = pairs[0][0].device_mesh.size(), pairs[0][0].device_mesh.get_group()
+        self._rank_bytes = [  # of a whole that every rank but the last ones has
+            -(-whole.shape[0] // self._ranks) * (_bytes_of(whole).numel() // whole.shape[0]) for _, whole in pairs
+        ]
+        self._places = [-(-size // 256) * 256 for size in self._rank_bytes]
+        self.scratch_bytes = (self._ranks + 1) * sum(self._places)
+
+    def use(self, scratch: torch.Tensor) -> None:
+        sent = sum(self._places)
+        self._send, self._received = scratch[:sent], scratch[sent : self.scratch_bytes]
+        received = self._received.view(self._ranks, sent)
+        self._copies_in: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])  # to, from
+        self._copies_out: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        start = 0
+        for (tensor, whole), each, place in zip(self._pairs, self._rank_bytes, self._places, strict=True):
+            mine, out = _bytes_of(local(tensor.detach())), _bytes_of(whole)
+            if mine.numel():  # the last ranks may have no row
+                self._copies_in[0].append(self._send[start : start + mine.numel()])
+                self._copies_in[1].append(mine)
+            for rank in range(-(-out.numel() // each)):
+                part = out[rank * each : (rank + 1) * each]
+                self._copies_out[0].append(part)
+                self._copies_out[1].append(received[rank, start : start + part.numel()])
+            start += place
+
+    def __call__(self) -> None:
+        if self._copies_in[0]:
+            torch._foreach_copy_(*self._copies_in)
+        dist.all_gather_into_tensor(self._received, self._send, group=self._group)
+        torch._foreach_copy_(*self._copies_out)
+
+
+def packs_of(
+    pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """(DTensor, whole) in groups for PackedGather of at most PACK_BYTES each, the same on every rank."""
+    pack: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for pair in pairs:
+        if pack and sum(_bytes_of(whole).numel() for _, whole in (*pack, pair)) > PACK_BYTES:
+            yield pack
+            pack = []
+        pack.append(pair)
+    if pack:
+        yield pack
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A view of a dense tensor."""
+    return tensor.view(-1).view(torch.uint8)
 
 
 def gathered(tensor: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

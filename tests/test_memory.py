@@ -43,6 +43,7 @@ from memory import (
 from policy import Policy
 from quant_sync import STAGING_BYTES
 from rollout import Group, Sample
+from weight_sources import PACK_BYTES
 
 # Qwen2.5-1.5B by hand, from its published config: H 1536, I 8960, 28 layers, 12 heads and 2 KV heads of 128, V 151936.
 H, INTERMEDIATE, LAYERS, KV, V = 1536, 8960, 28, 2 * 128, 151936
@@ -601,7 +602,8 @@ def test_what_each_of_several_gpus_holds_by_hand(sizes):
     in_bf16 = 2 * (2 * layer + root) + 2 * (2 * layer + H)  # weights; gradients but the head's
     in_fp32 = 4 * (layer + root) + 4 * (layer + root) // 8
     assert got.sharding == sharding_bytes(sizes, 8) == pytest.approx(in_bf16 + in_fp32, abs=8)
-    assert got.sync_buffers == 2 * 2 * V * H  # the embeddings, which are larger than a buffer would be
+    # The embeddings, which are larger than a buffer would be; and what travels together.
+    assert got.sync_buffers == 2 * 2 * V * H + PACK_BYTES * 9 // 8
     assert got.training_peak == plan(sizes, 139).training_peak  # a micro-batch is one rank's own
     built = LIBRARIES + NCCL + got.engine_weights + got.engine_graphs + got.kv_cache
     state = got.training_state + got.sync_buffers
@@ -648,7 +650,7 @@ def test_frozen_weights_are_gathered_and_only_adapters_are_reduced():
 def test_the_syncs_buffers_are_there_where_something_is_staged(sizes):
     config = Qwen2Config(**SMALL_SHAPE, tie_word_embeddings=True)
     small, adapted = model_sizes(config), model_sizes(config, lora=LoraSettings(4, 8.0))
-    assert [sync_bytes(small, 1), sync_bytes(small, 2)] == [0, 4 * small.parameters]  # no larger than the model
+    assert [sync_bytes(small, 1), sync_bytes(small, 2)] == [0, 4 * small.parameters + 3 * small.parameters]
     assert sync_bytes(adapted, 1) == 4 * adapted.parameters
     assert sync_bytes(sizes, 1) == 0 < 2 * STAGING_BYTES < sync_bytes(sizes, 2)
 
