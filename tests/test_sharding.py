@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from weight_sources import packs_of
+
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = Path(__file__).with_name("sharded_step.py")
 CASES = ["qwen2", "qwen3", "llama", "recomputed", "updates", "sequence-tis", "offloaded", "bf16-moments", "lora", "few",
@@ -77,3 +79,52 @@ def test_the_check_for_gpus_says_what_agrees(tmp_path):
     assert "within the tolerance" in out[0] and "tiny, 2 rank(s)" in out[0] and out[1] == ""
     with pytest.raises(AssertionError, match=r"beyond the tolerance: .*train/tokens"):
         run_ranks(2, *sizes, "--prompts", "3", "--compare", one, program=program)
+
+
+GATHER = """
+import sys
+sys.path.insert(0, {root!r})
+import runtime
+import torch
+
+from weight_sources import packs_of
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from ranks import Ranks
+from weight_sources import PackedGather, packs_of
+
+ranks = Ranks.start()
+mesh = init_device_mesh("cpu", (ranks.world,))
+torch.manual_seed(0)
+shapes = [(1,), (5, 3), (7,), (6, 4), (2, 129), (300, 2)]  # fewer rows than ranks, a rest, none
+for dtype in (torch.bfloat16, torch.float32):
+    expected = [torch.randn(shape).to(dtype) for shape in shapes]
+    pairs = [(distribute_tensor(t, mesh, [Shard(0)]), torch.full_like(t, torch.nan)) for t in expected]
+    gathers = [PackedGather(pairs[:4]), PackedGather(pairs[4:])]
+    scratch = torch.empty(max(g.scratch_bytes for g in gathers), dtype=torch.uint8)
+    for gather in gathers:
+        gather.use(scratch)
+    for turn in range(2):
+        for (shard, _), t in zip(pairs, expected):
+            t.add_(1)
+            shard.to_local().add_(1)
+        for gather in gathers:
+            gather()
+        assert all(torch.equal(whole, t) for (_, whole), t in zip(pairs, expected)), (dtype, turn)
+assert [len(pack) for pack in packs_of(pairs)] == [6]
+print("gathered", flush=True) if ranks.first else None
+ranks.finish()
+"""
+
+
+def test_tensors_that_are_gathered_together_arrive_whole(tmp_path):
+    program = tmp_path / "gather.py"
+    program.write_text(GATHER.format(root=str(ROOT)))
+    assert "gathered" in run_ranks(3, program=program)[0]
+
+
+def test_packs_are_no_larger_than_they_may_be(monkeypatch):
+    monkeypatch.setattr("weight_sources.PACK_BYTES", 100)
+    wholes = [torch.empty(n, dtype=torch.uint8) for n in (60, 40, 1, 99, 1, 100, 30)]
+    packs = list(packs_of([(whole, whole) for whole in wholes]))
+    assert [[len(whole) for _, whole in pack] for pack in packs] == [[60, 40], [1, 99], [1], [100], [30]]
