@@ -13,6 +13,7 @@ class FakeEngine:
     """Answers "1" or "2" by turns to everything; `events` is what was asked of it, in order."""
 
     events: list = []  # noqa: RUF012  (reset by install)
+    seconds_loading = 0.0
 
     def __init__(self, model, *, tokenizer, **options):
         self.tokenizer, self.version, self.model, self.ranks = tokenizer, None, None, options["ranks"]
@@ -50,7 +51,7 @@ class FakeEngine:
 
 
 class FakePlan:
-    bytes_written = 0
+    bytes_written = bytes_moved = 0
 
     @classmethod
     def build(cls, policy, engine_model, ranks=None):
