@@ -8,16 +8,20 @@ One process, dummy weights (every sample has the full length), one engine for ea
     gc off         the collector rests while it generates
     no logprobs    none at all: the bound of what cheaper log-probs could give
 
-"fast" has the last two with fast_scheduler.py, and "kept logprobs": they stay in the scheduler, where rollout.Engine
-takes them, so that this row is what it reaches. "process" is vLLM's own scheduler with the engine in a process of its
-own (vLLM's default outside of training), where only the outputs' Python is timed, and no collector rests there.
+"fast" has the last two with fast_scheduler.py and with CUDA graphs for steps of more than 512 tokens, and "kept
+logprobs": they stay in the scheduler, where rollout.Engine takes them, so that this row is what it reaches. "process" is
+vLLM's own scheduler with the engine in a process of its own (vLLM's default outside of training), where only the
+outputs' Python is timed, and no collector rests there.
 
 "python, us" is what schedule, update_from_output and process_outputs took of the row's time, each in microseconds a
 token; their timers are on in every row. With async scheduling (vLLM's default on a GPU) the GPU works meanwhile.
+--mean-tokens gives samples lengths as real ones have: each token ends its sample with a chance of one in so many. With
+more samples than --max-num-seqs their places are then taken one by one, each by a prompt beside hundreds of decodes.
 --scheduler-only needs no model and no GPU: vLLM's scheduler and output processor with a runner that invents tokens.
 
     python scripts/bench_rollout.py --shape qwen2.5-0.5b --quant fp8 --out rollout.json
     python scripts/bench_rollout.py --shape qwen2.5-1.5b --runner v1 --async-scheduling off --profile
+    python scripts/bench_rollout.py --prompts 128 --max-tokens 512 --mean-tokens 300 --schedulers fast [--graphs vllm]
     python scripts/bench_rollout.py --shape tiny --samples 2 --prompts 8 --max-tokens 32     # a CPU will do
     python scripts/bench_rollout.py --scheduler-only --prompts 64 --samples 8 --max-tokens 128
 """
@@ -49,7 +53,7 @@ import torch
 from make_random_model import SHAPES, TOKENIZER, save_config
 
 import fast_scheduler
-from engine_options import QUANTIZATION, check_platform, quantization_options
+from engine_options import QUANTIZATION, check_platform, graph_sizes, quantization_options
 from rollout import _no_garbage_collection as no_garbage_collection
 
 HEAD = "| scheduler | calls | tokens/s | gain | seconds | schedule, us | update | outputs |"
@@ -252,6 +256,9 @@ def start_engine(args: argparse.Namespace, folder: str, label: str) -> Any:
 
         cpu_backend.prepare()
     options = {"scheduler_cls": fast_scheduler.QUALNAME} if fast else {}
+    sizes = graph_sizes(args.max_num_seqs) if fast and on_gpu and args.graphs == "ours" else None
+    if sizes:
+        options["compilation_config"] = {"cudagraph_capture_sizes": sizes}
     if args.async_scheduling != "default":
         options["async_scheduling"] = args.async_scheduling == "on"
     llm = vllm.LLM(
@@ -287,9 +294,12 @@ def generate(llm: Any, args: argparse.Namespace, name: str, turn: int) -> tuple[
     import vllm
 
     options, quiet = CALLS[name]
+    vocab = llm.model_config.get_vocab_size()
+    if args.mean_tokens:
+        options = options | {"stop_token_ids": list(range(max(1, vocab // args.mean_tokens)))}
     params = vllm.SamplingParams(n=args.samples, max_tokens=args.max_tokens, ignore_eos=True, **options)
     g = torch.Generator().manual_seed(turn)
-    top = min(llm.model_config.get_vocab_size(), 200)
+    top = min(vocab, 200)
     prompts = [{"prompt_token_ids": torch.randint(3, top, (args.prompt_len,), generator=g).tolist()}
                for _ in range(args.prompts)]  # fmt: skip
     gc.collect()
@@ -362,7 +372,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--prompt-len", type=int, default=128)
     parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--mean-tokens", type=int, help="samples end by chance, after so many in the mean")
     parser.add_argument("--max-num-seqs", type=int, default=512)
+    parser.add_argument("--graphs", choices=["ours", "vllm"], default="ours", help='CUDA graphs of "fast"')
     parser.add_argument("--kv-cache-gib", type=float, default=8.0)
     parser.add_argument("--runner", choices=["v1", "v2"], help="vLLM's model runner (default: vLLM's choice)")
     parser.add_argument("--async-scheduling", choices=["default", "on", "off"], default="default")

@@ -1,5 +1,7 @@
 """Each weight format in the real engine: it samples from the policy; layers that stay bf16; what machines refuse."""
 
+import itertools
+
 import runtime  # noqa: F401
 
 # isort: split
@@ -16,7 +18,7 @@ from transformers import AutoConfig
 import rollout
 import train
 from config import Args
-from engine_options import EngineError, check_platform, skipped_layers
+from engine_options import PROMPTS_BESIDE, EngineError, check_platform, graph_sizes, skipped_layers
 from quant_sync import VERIFY_EVERY, SyncError, SyncPlan
 
 TINY_ADDER = Path(__file__).resolve().parent.parent / "assets" / "tiny-adder"
@@ -414,3 +416,16 @@ def test_an_engine_on_a_cpu_refuses_an_fp8_kv_cache_before_it_is_built(device):
     sizes = {"max_model_len": 8, "max_num_seqs": 1, "kv_cache_bytes": 1}
     with pytest.raises(EngineError, match="--kv-cache-dtype fp8"):
         rollout.Engine("nowhere", tokenizer=None, quant="fp8", kv_cache_dtype="fp8", **sizes)
+
+
+@pytest.mark.parametrize("sequences", [257, 512, 960, 1024])
+def test_an_engine_of_many_sequences_has_cuda_graphs_for_all_of_them_and_prompts_beside(sequences):
+    sizes = graph_sizes(sequences)
+    assert sizes == sorted(set(sizes)) and sizes[:3] == [1, 2, 4]
+    assert set(range(256, 513, 16)) < set(sizes)  # where vLLM has them too
+    assert 0 <= sizes[-1] - (sequences + PROMPTS_BESIDE) < 64
+    assert all(b - a <= 64 for a, b in itertools.pairwise(sizes))
+
+
+def test_an_engine_of_few_sequences_has_vllms_own_graphs():
+    assert [graph_sizes(n) for n in (1, 64, 256)] == [None, None, None]
