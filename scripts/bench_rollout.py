@@ -9,8 +9,8 @@ One process, dummy weights (every sample has the full length), one engine for ea
     no logprobs    none at all: the bound of what cheaper log-probs could give
 
 "fast" has the last two with fast_scheduler.py and with CUDA graphs for steps of more than 512 tokens, and "kept
-logprobs": they stay in the scheduler, where rollout.Engine takes them, so that this row is what it reaches. "process" is
-vLLM's own scheduler with the engine in a process of its own (vLLM's default outside of training), where only the
+logprobs": they stay in the scheduler, where rollout.Engine takes them, so that this row is what it reaches. "process"
+is vLLM's own scheduler with the engine in a process of its own (vLLM's default outside of training), where only the
 outputs' Python is timed, and no collector rests there.
 
 "python, us" is what schedule, update_from_output and process_outputs took of the row's time, each in microseconds a

@@ -87,8 +87,10 @@ def test_a_run_goes_on_with_other_numbers_of_ranks(tmp_path):
 
 
 def test_two_ranks_hold_one_engine(tmp_path):
-    """--tp 2: the plan is proved against vLLM's own loader on both, and the log-probs of both are the policy's."""
-    out = run(2, tmp_path, "--run-name", "r", "--steps", "2", "--tp", "2", *SMALL)
+    """--tp 2: the plan is proved against vLLM's own loader on both, and the log-probs of both are the policy's; weights
+    stay whole over several micro-batches."""
+    several = ["--reshard-after-forward", "False", "--micro-batch-tokens", "48"]
+    out = run(2, tmp_path, "--run-name", "r", "--steps", "2", "--tp", "2", *several, *SMALL)
     assert "sync plan proved" in out
     lines = metrics(tmp_path / "r")
     assert [line["step"] for line in lines] == [0, 1, 2]
