@@ -175,6 +175,9 @@ class Policy:
         ranks: over which the model is sharded, by sharding.shard. All of them call the same methods in the same order.
         root: `model` with its log-probs, where it is sharded; None: made here.
         reshard: as it was sharded (sharding.shard).
+        first_tokens: to which the first pass with gradient is filled up. Micro-batches of one step and the next differ
+            by a few tokens, and where a later one is the largest so far, torch's allocator finds no block that is
+            large enough, and takes the memory of all activations once more.
     """
 
     def __init__(
@@ -195,6 +198,7 @@ class Policy:
         ranks: Ranks | None = None,
         root: LogprobModel | None = None,
         reshard: bool = True,
+        first_tokens: int = 0,
     ):
         if model.config.model_type not in FAMILIES:
             raise PolicyError(
@@ -208,7 +212,7 @@ class Policy:
         self.device = next(model.parameters()).device
         self.max_grad_norm = max_grad_norm
         self.lr, self.warmup_steps = lr, warmup_steps
-        self.logprob_tokens = logprob_tokens
+        self.logprob_tokens, self._first_tokens = logprob_tokens, first_tokens
         self.updates = 0  # applied
         self.skipped = 0  # not applied: the gradient norm was not finite
         model.config.use_cache = False
@@ -245,12 +249,15 @@ class Policy:
 
         All sequences lie in one row without padding; attention stays inside each (packing.py).
         """
-        return self._forward(batch.prompt_ids, batch.response_ids)
+        fill = 0
+        if torch.is_grad_enabled():
+            fill, self._first_tokens = self._first_tokens, 0
+        return self._forward(batch.prompt_ids, batch.response_ids, fill=fill)
 
     def _forward(
-        self, prompt_ids: list[list[int]], response_ids: list[list[int]], plain: bool = False
+        self, prompt_ids: list[list[int]], response_ids: list[list[int]], plain: bool = False, fill: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        found = self._root(prompt_ids, response_ids, self.device, plain)
+        found = self._root(prompt_ids, response_ids, self.device, plain, fill)
         if self._sharded and not torch.is_grad_enabled():  # no backward pass comes that would give the weights up
             give_up(self._root)
         return found

@@ -32,9 +32,10 @@ class LogprobModel(nn.Module):
 
     def forward(
         self, prompt_ids: Sequence[list[int]], response_ids: Sequence[list[int]], device: torch.device,
-        plain: bool = False,
+        plain: bool = False, fill: int = 0,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """(log pi of every response token [T], entropy [T]), fp32; all sequences in one row without padding.
+        """(log pi of every response token [T], entropy [T]), fp32; all sequences in one row without padding, but with
+        sequences behind them that nobody asks about, to `fill` tokens in all.
 
         `plain`: transformers' own way instead, each sequence by itself with sdpa and fp32 logits, and no entropy.
         """
@@ -48,6 +49,8 @@ class LogprobModel(nn.Module):
             start += len(sequence)
         positions_T = torch.tensor(where, device=device)
         labels_T = torch.tensor([t for r in response_ids for t in r], device=device)
+        longest = max(map(len, sequences))
+        sequences += [[0] * min(longest, fill - n) for n in range(start, fill, longest)]
         inputs = packing.model_inputs(sequences, device)
         hidden_1_S_H = self.model.base_model(**inputs, use_cache=False).last_hidden_state
         hidden_T_H = hidden_1_S_H[0, positions_T]

@@ -451,6 +451,7 @@ def build(
             ranks=ranks,
             root=root,
             reshard=bool(args.reshard_after_forward),
+            first_tokens=args.micro_batch_tokens if device.type == "cuda" else 0,
         )
     except torch.OutOfMemoryError as error:
         raise MemoryPlanError(

@@ -222,6 +222,26 @@ def test_a_vocabulary_larger_than_a_chunk_still_goes_row_by_row(monkeypatch):
         torch.testing.assert_close(policy.logprobs(batch)[0], whole, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("tokens", [67, 100, 500])
+def test_the_first_pass_is_filled_up_and_nothing_else_is_different(monkeypatch, tokens):
+    rows = []
+    inputs = packing.model_inputs
+    monkeypatch.setattr(packing, "model_inputs", lambda s, device: rows.append(s) or inputs(s, device))
+    filled, plain, batch = make_policy(first_tokens=tokens), make_policy(), make_batch(RAGGED)
+    found = []
+    for policy in (filled, plain):
+        with torch.no_grad():
+            policy.logprobs(batch)  # has no gradient and is not the first one
+        for _ in range(2):
+            logprobs, entropy = policy.logprobs(batch)
+            (logprobs * batch.advantages).sum().backward()
+        found.append((logprobs.detach(), entropy.detach(), *policy.optimizer.grads))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, **FP32)
+    sizes = [sum(map(len, row)) for row in rows]
+    assert sizes == [66, tokens, 66, 66, 66, 66] and max(map(len, rows[1])) == 24
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_gradient_checkpointing_gives_the_same_gradients_and_keeps_less(family):
     batch = make_batch(RAGGED)
