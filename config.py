@@ -199,7 +199,8 @@ class Args:
     memory_gib: float | None = None
     """Plan for this much free memory on the GPU, and have no more: the rest is occupied. None: all that is free."""
     kv_cache_gib: float | None = None
-    """Size of the KV cache, GiB. None: room for two steps' samples at full length, at most for max_num_seqs of them."""
+    """Size of the KV cache, GiB. None: room for a step's samples at full length, twice that with dynamic sampling, at
+    most for max_num_seqs of them."""
     micro_batch_tokens: int | None = None
     """Tokens in a forward and backward pass, at least one full sequence. None: from the memory plan, 16384 where there
     is room."""

@@ -179,10 +179,9 @@ def sync_bytes(s: ModelSizes, world: int) -> int:
     return 2 * min(max(STAGING_BYTES, 2 * largest), 2 * s.parameters) + packs
 
 
-def sequences_at_once(max_num_seqs: int, prompts: int, samples: int, engines: int = 1) -> int:
-    """Sequences of a step that one of `engines` has at once: about twice what is kept, since dynamic sampling draws
-    that many."""
-    return min(max_num_seqs, 2 * -(-prompts // engines) * samples)
+def sequences_at_once(max_num_seqs: int, prompts: int, samples: int, engines: int = 1, dynamic: bool = True) -> int:
+    """Sequences of a step that one of `engines` has at once: with dynamic sampling about twice what is kept."""
+    return min(max_num_seqs, (2 if dynamic else 1) * -(-prompts // engines) * samples)
 
 
 @dataclass(frozen=True)

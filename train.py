@@ -553,7 +553,9 @@ def plan_device(args: Args, config: Any, ranks: Ranks | None = None) -> tuple[Ar
             f"+ --max-response-len {args.max_response_len} tokens, which takes {one_sequence / GIB + 5e-7:.6f}; give "
             "more, or leave it out"
         )
-    sequences = sequences_at_once(args.max_num_seqs, args.prompts_per_step, args.samples_per_prompt, ranks.groups)
+    sequences = sequences_at_once(
+        args.max_num_seqs, args.prompts_per_step, args.samples_per_prompt, ranks.groups, args.dynamic_sampling
+    )
     compiled = torch.cuda.is_available() if args.compile is None else args.compile
     if torch.cuda.is_available():
         free = min(ranks.gather(torch.cuda.mem_get_info()[0]))  # of the fullest GPU

@@ -501,7 +501,9 @@ def test_old_log_probs_are_computed_in_passes_of_the_plans_size_and_are_the_same
         policy = Policy(model, lr=1e-3, logprob_tokens=budget)
         forward, sizes_of = policy._forward, []
         monkeypatch.setattr(
-            policy, "_forward", lambda p, r, forward=forward, seen=sizes_of: (seen.append(len(r)), forward(p, r))[1]
+            policy,
+            "_forward",
+            lambda p, r, fill, forward=forward, seen=sizes_of: (seen.append(len(r)), forward(p, r, fill=fill))[1],
         )
         samples = [Sample(row[5:], [-5.7] * 15, "stop", "") for row in ids]
         prompt = Prompt(Example("made:1", [], "1", "number", {}), ids[0][:5])
@@ -694,6 +696,7 @@ def test_each_engine_has_room_for_its_share_of_the_sequences():
     assert sequences_at_once(512, 16, 4, engines=8) == 2 * 2 * 4
     assert sequences_at_once(512, 17, 4, engines=8) == 2 * 3 * 4  # whole groups: one engine has three
     assert sequences_at_once(512, 1024, 5, engines=8) == 512
+    assert sequences_at_once(512, 16, 4, dynamic=False) == 16 * 4
 
 
 def test_the_table_of_what_was_used_takes_the_fullest_gpu_and_lists_all(sizes):

@@ -183,7 +183,7 @@ def planned(args: Args, free: int, world: int) -> MemoryPlan:
     return plan_memory(
         sizes, free=free * GIB, one_byte_weights=sum(sizes.linear_layers.values()), max_model_len=args.max_model_len,
         max_num_seqs=sequences_at_once(
-            args.max_num_seqs, args.prompts_per_step, args.samples_per_prompt, world // args.tp
+            args.max_num_seqs, args.prompts_per_step, args.samples_per_prompt, world // args.tp, args.dynamic_sampling
         ),
         micro_batch_tokens=args.micro_batch_tokens, checkpointing=args.gradient_checkpointing,
         offload=args.offload_optimizer, sleep=args.sleep, host_free=1000 * GIB, world=world, tp=args.tp,
