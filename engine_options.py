@@ -18,7 +18,7 @@ QUANTIZATION = {
 # Bits of formats that no engine runs here: a bf16 engine gets weights that were rounded to them.
 SIMULATED = {"int4-sim": 4, "int3-sim": 3, "int2-sim": 2}
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # vLLM's, of HF's
-PROMPTS_BESIDE = 256  # tokens
+PROMPTS_BESIDE = 256  # tokens of prompts that have a CUDA graph beside all sequences
 
 
 class EngineError(RuntimeError):

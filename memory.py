@@ -317,9 +317,7 @@ def _reasons(
         kept = instead["--gradient-checkpointing"]
         saved = kept.training_peak - plan.training_peak
         why["--gradient-checkpointing"] = f"saves {_gib(saved)} GiB; {_gib(kept.short)} GiB short without"
-    if plan.world == 1:
-        del why["--reshard-after-forward"]
-    elif plan.reshard and "--reshard-after-forward" in open_choice:
+    if plan.reshard and "--reshard-after-forward" in open_choice:
         whole = instead["--reshard-after-forward"]
         saved = whole.sharding - plan.sharding
         why["--reshard-after-forward"] = f"saves {_gib(saved)} GiB; {_gib(whole.short)} GiB short without"
@@ -430,7 +428,7 @@ def plan_memory(
         "--sleep": None if sleep == "auto" else sleep,
         "--offload-optimizer": offload,
         "--gradient-checkpointing": checkpointing,
-        "--reshard-after-forward": reshard,
+        **({"--reshard-after-forward": reshard} if world > 1 else {}),
         "--micro-batch-tokens": micro_batch_tokens,
         "--kv-cache-gib": kv_cache_gib,
     }

@@ -557,6 +557,8 @@ def plan_device(args: Args, config: Any, ranks: Ranks | None = None) -> tuple[Ar
         args.max_num_seqs, args.prompts_per_step, args.samples_per_prompt, ranks.groups, args.dynamic_sampling
     )
     compiled = torch.cuda.is_available() if args.compile is None else args.compile
+    if ranks.world == 1 and args.reshard_after_forward is not None:
+        print("--reshard-after-forward has no effect: one process holds all weights anyway", flush=True)
     if torch.cuda.is_available():
         free = min(ranks.gather(torch.cuda.mem_get_info()[0]))  # of the fullest GPU
         plan = plan_memory(

@@ -271,7 +271,7 @@ def run_timed(command: Sequence[str], log: Path, steps: int, to_the_end: bool = 
 def train_command(work: Workload, quant: str, runs: Path, flags: Sequence[str] = (), ranks: int = 1) -> list[str]:
     """train.py on `work`, with the defaults of a user's run otherwise, in `ranks` processes."""
     reward = ["--reward", work.reward] if work.reward else []
-    several = (
+    several = (  # an address, since not every host can resolve its own name
         ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", str(ranks)]
         if ranks > 1
         else []

@@ -6,6 +6,7 @@ two bf16 computations do: the relative distance |a - b| / |b| of each is printed
 
     python scripts/check_ranks.py --shape qwen2.5-0.5b --out one.pt
     torchrun --standalone --nproc-per-node 2 scripts/check_ranks.py --shape qwen2.5-0.5b --compare one.pt
+    torchrun ... --no-reshard-after-forward                                       # as train.py does where there is room
     python scripts/check_ranks.py --shape tiny --out one.pt                                         # a CPU will do
 """
 
@@ -71,9 +72,12 @@ def step(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
     if ranks.world == 1:
         model.to(device)
     else:
-        shard(root, ranks, device)
+        shard(root, ranks, device, args.reshard_after_forward)
     compiled = device.type == "cuda"
-    policy = Policy(model, lr=flags.lr, weight_decay=0.0, compile=compiled, ranks=ranks, root=root)
+    policy = Policy(
+        model, lr=flags.lr, weight_decay=0.0, compile=compiled, ranks=ranks, root=root,
+        reshard=args.reshard_after_forward,
+    )  # fmt: skip
     before = weights_of(policy)
     gradients: dict[str, torch.Tensor] = {}
     update = policy.optimizer.step
@@ -140,6 +144,7 @@ def main() -> None:
     parser.add_argument("--prompt-len", type=int, default=128)
     parser.add_argument("--response-len", type=int, default=256)
     parser.add_argument("--micro-batch-tokens", type=int, default=8192)
+    parser.add_argument("--reshard-after-forward", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, help="write this world's step")
     parser.add_argument("--compare", type=Path, help="compare with a step that --out wrote")
     args = parser.parse_args()

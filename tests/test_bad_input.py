@@ -318,6 +318,7 @@ ACCEPTED = {  # name: (flags from the test's folder, words that are printed)
     ),
     "a number too long to be one": (lambda d: rows(d, GOOD, {"question": "big?", "answer": "9" * 10_000}), []),
     "memory of a GPU where there is none": (lambda d: ["--memory-gib=8"], ["--memory-gib 8.0 has no effect"]),
+    "shards of one process": (lambda d: ["--reshard-after-forward=False"], ["--reshard-after-forward has no effect"]),
     "reward that prints when imported": (
         lambda d: reward(d, "print('hello')\ndef f(completion, answer, row):\n    return 1.0\n"),
         ["hello"],

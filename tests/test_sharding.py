@@ -75,8 +75,9 @@ def test_the_check_for_gpus_says_what_agrees(tmp_path):
     sizes = ["--shape", "tiny", "--prompt-len", "16", "--response-len", "16", "--micro-batch-tokens", "64"]
     program, one = ROOT / "scripts" / "check_ranks.py", str(tmp_path / "one.pt")
     run_ranks(1, *sizes, "--prompts", "4", "--out", one, program=program)
-    out = run_ranks(2, *sizes, "--prompts", "4", "--compare", one, program=program)
-    assert "within the tolerance" in out[0] and "tiny, 2 rank(s)" in out[0] and out[1] == ""
+    for how in ("--reshard-after-forward", "--no-reshard-after-forward"):
+        out = run_ranks(2, *sizes, "--prompts", "4", "--compare", one, how, program=program)
+        assert "within the tolerance" in out[0] and "tiny, 2 rank(s)" in out[0] and out[1] == ""
     with pytest.raises(AssertionError, match=r"beyond the tolerance: .*train/tokens"):
         run_ranks(2, *sizes, "--prompts", "3", "--compare", one, program=program)
 
