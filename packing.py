@@ -47,17 +47,23 @@ def pack(lengths: Sequence[int], budget: int, multiple: int = 1) -> list[list[in
         count += multiple
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host's tensor on `device`, without waiting for what the GPU has still to do: the next micro-batch is prepared
+    meanwhile."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def model_inputs(sequences: Sequence[Sequence[int]], device: torch.device) -> dict[str, Any]:
     """Keyword arguments of an HF model with the attention ATTENTION for sequences of token ids: one row [1, T]."""
     lengths = torch.tensor([len(s) for s in sequences])
     ends = lengths.cumsum(0)
     total = int(ends[-1])
     starts = torch.repeat_interleave(ends - lengths, lengths)
-    cumulative = F.pad(ends, (1, 0)).to(device=device, dtype=torch.int32)
+    cumulative = sent(F.pad(ends, (1, 0)).to(torch.int32), device)
     longest = int(lengths.max())
     return {
-        "input_ids": torch.tensor([t for s in sequences for t in s]).to(device)[None],
-        "position_ids": (torch.arange(total) - starts).to(device)[None],
+        "input_ids": sent(torch.tensor([t for s in sequences for t in s]), device)[None],
+        "position_ids": sent(torch.arange(total) - starts, device)[None],
         "cu_seq_lens_q": cumulative,
         "cu_seq_lens_k": cumulative,
         "max_length_q": longest,

@@ -23,7 +23,7 @@ from lora import has_adapters
 from optimizer import MasterAdamW
 from packing import pack
 from ranks import Ranks
-from sharding import LogprobModel, begin_micro_batch, give_up, span, whole
+from sharding import LogprobModel, TokenLists, begin_micro_batch, give_up, span, whole
 from weight_sources import is_sharded, local
 
 FAMILIES = ("qwen2", "qwen3", "llama")  # logits = head(last hidden state): no scaling, no soft cap
@@ -57,7 +57,7 @@ class Batch:
     @property
     def lengths(self) -> torch.Tensor:
         """Response tokens of each sample [N], on the tokens' device."""
-        return torch.tensor([len(r) for r in self.response_ids], device=self.mask.device)
+        return packing.sent(torch.tensor([len(r) for r in self.response_ids]), self.mask.device)
 
     def __len__(self) -> int:
         return len(self.response_ids)
@@ -257,7 +257,7 @@ class Policy:
     def _forward(
         self, prompt_ids: list[list[int]], response_ids: list[list[int]], plain: bool = False, fill: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        found = self._root(prompt_ids, response_ids, self.device, plain, fill)
+        found = self._root(TokenLists(prompt_ids, response_ids), self.device, plain, fill)
         if self._sharded and not torch.is_grad_enabled():  # no backward pass comes that would give the weights up
             give_up(self._root)
         return found

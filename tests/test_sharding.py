@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sharding import TokenLists
 from weight_sources import packs_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,6 +89,7 @@ sys.path.insert(0, {root!r})
 import runtime
 import torch
 
+from sharding import TokenLists
 from weight_sources import packs_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -129,3 +131,9 @@ def test_packs_are_no_larger_than_they_may_be(monkeypatch):
     wholes = [torch.empty(n, dtype=torch.uint8) for n in (60, 40, 1, 99, 1, 100, 30)]
     packs = list(packs_of([(whole, whole) for whole in wholes]))
     assert [[len(whole) for _, whole in pack] for pack in packs] == [[60, 40], [1, 99], [1], [100], [30]]
+
+
+def test_token_ids_are_not_looked_through():
+    """FSDP2 maps over the leaves of its arguments, twice in each pass: a list would be one leaf for each token."""
+    tokens = TokenLists([[1, 2]] * 8, [[3, 4, 5]] * 8)
+    assert torch.utils._pytree.tree_leaves((tokens, torch.device("cpu"), False)) == [tokens, torch.device("cpu"), False]
