@@ -25,12 +25,12 @@ from config import Args, ConfigError
 from data import DataError, encode_prompts, load_data
 from engine_options import QUANTIZATION, EngineError
 from memory import model_sizes
+from parts import load_config
 from policy import PolicyError, load_model
 from quant_sync import SyncError, SyncPlan
 from reward_pool import RewardPool
 from rewards import RewardError, required_modules
 from rollout import Engine
-from train import load_config
 
 
 def evaluate(checkpoints: list[str], flags: Args) -> list[dict[str, Any]]:

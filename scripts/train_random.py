@@ -26,6 +26,7 @@ import torch
 from make_random_model import SHAPES, TOKENIZER, random_model, save_config
 
 import packing
+import parts
 import train
 
 COIN = f"{Path(__file__).resolve().parent / 'make_random_model.py'}:coin"
@@ -43,7 +44,7 @@ def main() -> None:
         made.set_attn_implementation(packing.ATTENTION)
         return made
 
-    train.load_model = load_model
+    parts.load_model = load_model
     with tempfile.TemporaryDirectory() as aside:
         folder = model_folder(shape, Path(aside))
         data = ["--data", "arithmetic", "--reward", COIN, "--eval-every", "0", "--save-every", "0"]

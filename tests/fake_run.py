@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import parts
 import run_report
 import train
 from rollout import Sample
@@ -80,8 +81,8 @@ class FakePlan:
 
 def install(monkeypatch) -> list:
     """Put them in the place of the real ones; what is asked of the engine, in order."""
-    monkeypatch.setattr(train, "Engine", FakeEngine)
-    monkeypatch.setattr(train, "SyncPlan", FakePlan)
+    monkeypatch.setattr(parts, "Engine", FakeEngine)
+    monkeypatch.setattr(parts, "SyncPlan", FakePlan)
     monkeypatch.setattr(FakeEngine, "events", [])
     monkeypatch.setattr(run_report, "draw", lambda runs, out: out.write_bytes(b"drawn"))  # a second for each run
     return FakeEngine.events

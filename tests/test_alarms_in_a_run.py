@@ -11,6 +11,7 @@ import pytest
 import torch
 from fake_run import FakeEngine, FakePlan, install, one_or_two, read_lines, run_main
 
+import parts
 import train
 from config import TINY_MODEL
 from policy import Policy
@@ -116,8 +117,8 @@ def went_on(end: str | None, folder: Path) -> bool:
 @pytest.fixture
 def copying(run, monkeypatch):
     """An engine whose samples are those of what the sync wrote."""
-    monkeypatch.setattr(train, "Engine", CopyEngine)
-    monkeypatch.setattr(train, "SyncPlan", CopyPlan)
+    monkeypatch.setattr(parts, "Engine", CopyEngine)
+    monkeypatch.setattr(parts, "SyncPlan", CopyPlan)
 
 
 @pytest.mark.parametrize(("fault", "lr"), [(stale, "1e-3"), (corrupt, "1e-5")])

@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import data
+import parts
 import reward_pool
 import rewards
 import run_folder
@@ -59,7 +60,7 @@ def start(tmp_path, monkeypatch, capfd):
         raise EngineWanted
 
     def started(*flags: str) -> tuple[str, object]:
-        monkeypatch.setattr(train, "Engine", no_engine)
+        monkeypatch.setattr(parts, "Engine", no_engine)
         monkeypatch.setattr(sys, "argv", ["train.py", f"--runs-dir={tmp_path / 'runs'}", "--reward-workers=1", *flags])
         try:
             train.main()

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 import packing
+import parts
 import train
 from config import Args
 from data import Example, Prompt
@@ -464,7 +465,7 @@ def test_train_plans_for_the_smaller_of_what_is_free_and_what_it_may_have(sizes,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free["now"], 140 * GIB))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(train, "host_memory", lambda: 120 * GIB)
+    monkeypatch.setattr(parts, "host_memory", lambda: 120 * GIB)
 
     def planned(**flags):
         args, got, _ = train.plan_device(Args(max_response_len=1024, **flags).resolved(), shape("qwen2.5-1.5b"))

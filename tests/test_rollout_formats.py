@@ -15,6 +15,7 @@ import torch
 import transformers.modeling_utils  # noqa: F401  (before a GPU is feigned: torchao looks for one at import)
 from transformers import AutoConfig
 
+import parts
 import rollout
 import train
 from config import Args
@@ -243,7 +244,7 @@ class _FakeGpu:
     """What plan_device asks of a GPU; `asked` is what it asked of the memory plan."""
 
     def __init__(self, monkeypatch):
-        self.asked, plan = {}, train.plan_memory
+        self.asked, plan = {}, parts.plan_memory
 
         def spy(sizes, **options):
             self.asked |= options | {"sizes": sizes}
@@ -252,7 +253,7 @@ class _FakeGpu:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 << 30, 80 << 30))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-        monkeypatch.setattr(train, "plan_memory", spy)
+        monkeypatch.setattr(parts, "plan_memory", spy)
 
 
 ATTENTION, MLP = 128 * (128 + 64 + 64) + 128 * 128, 3 * 128 * 256  # weights of a layer of tiny_config

@@ -19,6 +19,7 @@ import pytest
 import transformers
 
 import keys
+import parts
 import reward_pool
 import run_folder
 import train
@@ -85,7 +86,7 @@ def test_code_of_an_unknown_architecture_is_refused_by_the_flags_name(tmp_path):
 def test_code_of_a_known_architecture_is_left_alone(tmp_path, family, part):
     folder, marker = with_code(tmp_path, family, part)
     config, _ = train.load_config(flags_of(folder))
-    train.load_model(str(folder), train.torch.device("cpu"))
+    parts.load_model(str(folder), train.torch.device("cpu"))
     train.plan_device(flags_of(folder), config)
     assert not marker.exists() and type(config).__module__.startswith("transformers.")
 
@@ -108,7 +109,7 @@ def test_the_engine_is_told_what_the_flag_says(tmp_path, monkeypatch, given, exp
         told.append(trust_remote_code)
         raise RewardError("enough")
 
-    monkeypatch.setattr(train, "Engine", engine)
+    monkeypatch.setattr(parts, "Engine", engine)
     monkeypatch.setattr(sys, "argv", ["train.py", f"--runs-dir={tmp_path}", "--reward-workers=1", *given])
     with pytest.raises(SystemExit, match="enough"):
         train.main()
