@@ -51,6 +51,9 @@ WANTED = {
     | {"model": "Qwen/Qwen2.5-32B", "rollout_quant": "int8", "data": "dapo-math", "eval_data": "aime-2024"}
     | {"prompts_per_step": 128, "samples_per_prompt": 16, "max_prompt_len": 2048, "max_response_len": 20480}
     | {"overlong_buffer": 4096, "tis_cap": 8.0, "tp": 2},
+    "gsm8k_qwen2.5_coder_0.5b_fp8": {"model": "Qwen/Qwen2.5-Coder-0.5B-Instruct", "rollout_quant": "fp8"}
+    | {"data": "gsm8k", "prompts_per_step": 64, "samples_per_prompt": 8, "max_prompt_len": 256, "max_response_len": 512}
+    | {"lr": 2e-6, "max_num_seqs": 960, "tis_cap": 2.0, "max_sample_rounds": 4},
 }
 WIDE = dict(hidden_size=5120, num_hidden_layers=64, num_key_value_heads=8, head_dim=128, tie_word_embeddings=False)
 SHAPES = {  # from the models' published config.json files
@@ -103,7 +106,7 @@ def test_flags_are_accepted(recipe):
     wanted = WANTED[recipe.stem]
     assert {name: getattr(args, name) for name in wanted} == wanted
     assert (args.correction, args.loss_reduction, args.advantage) == ("token-tis", "token-mean", "grpo")
-    assert args.dynamic_sampling and args.max_sample_rounds == 30
+    assert args.dynamic_sampling and args.max_sample_rounds == wanted.get("max_sample_rounds", 30)
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -120,7 +123,7 @@ def test_the_head_gives_every_flag_its_value_and_a_source(recipe):
     said = {}
     for line in head:
         values, source = re.split(r" {2,}", line, maxsplit=1)
-        assert re.match(r"(?:[SFVDL]\b|own choice|all of|the whole)", source), line
+        assert re.match(r"(?:[SFVDLR]\b|own choice|all of|the whole)", source), line
         for flag, value in re.findall(r"(--[a-z-]+)(?: (?!--)(\S+))?", values):
             said[flag] = value
     passed = {}
@@ -135,7 +138,7 @@ def test_the_head_gives_every_flag_its_value_and_a_source(recipe):
     text = recipe.read_text()
     assert "has not been run" in text and "Hardware: " in text
     assert ("one node of" in text) == of_several_gpus(recipe)
-    for source in set(re.findall(r"\b([SFVD])\b(?=[,\s])", " ".join(head))):
+    for source in set(re.findall(r"\b([SFVDR])\b(?=[,;\s])", " ".join(head))):
         assert f"# {source}: " in text
 
 
