@@ -24,7 +24,7 @@
 #   --lr 2e-6 --weight-decay 0.1        R; 1e-5 falls after 8 to 16 steps (docs/results/gsm8k_correction_h200.md)
 #   --warmup-steps 5                    R
 #   --max-grad-norm 1                   R
-#   --steps 80                          R, where accuracy still rose
+#   --steps 80                          R, about where its runs ended
 #   --eval-every 10 --eval-size 700     R
 set -euo pipefail
 cd "$(dirname "$0")/../.."
