@@ -16,9 +16,13 @@ def prepare() -> None:
        write tensors that nothing reads. They are switched off; torch's own kernels read the live weights.
     3. For 128 x 128 blocks, and for INT8, there is no kernel left then: the two classes below.
     4. torch.compile of the sampler's small functions costs 20 s at the first step and gains nothing here.
+    5. With AVX-512 the ranks of an engine talk through shared memory whose name is the same in all runs of a machine.
+       Two of them would meet in it, and one that was killed leaves it behind, at which the next one fails ("create shm
+       in SHMManager failed. errno: 17"). They talk through torch.distributed, as they do without AVX-512.
     """
     import torch._dynamo
     from vllm import _custom_ops as ops
+    from vllm.distributed.device_communicators import cpu_communicator
     from vllm.model_executor.kernels import linear
     from vllm.model_executor.layers import utils as layers
     from vllm.platforms import PlatformEnum
@@ -29,6 +33,7 @@ def prepare() -> None:
     ops.cpu_has_amx_fp8 = lambda: False
     layers.check_cpu_sgl_kernel = lambda n, k, dtype: False
     ops.scaled_fp8_quant = scaled_fp8_quant
+    cpu_communicator.CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
     int8_kernel, block_kernel = _kernel_classes()
     linear._POSSIBLE_INT8_KERNELS[PlatformEnum.CPU] = [int8_kernel]
     linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU] = [block_kernel]
