@@ -97,6 +97,9 @@ class _Wave:
                     whole = take(source.shape, source.dtype)
                     if source.packs:
                         packed.append((source.shards, whole))
+                    elif source.pieces:
+                        packed += source.pieces
+                        self._fills.append(partial(source.merge, whole))
                     else:
                         self._fills.append(partial(source.fill, whole))
                 found[source.name] = source.part(whole)

@@ -41,11 +41,13 @@ class Source:
     watched: tuple[torch.Tensor, ...] = ()  # these must stay at their addresses
     cut: Cut | None = None
     shards: torch.Tensor | None = None  # the DTensor, where all that `fill` does is to gather it
+    pieces: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()  # (DTensor, whole): with these gathered, `merge` is
+    merge: Callable[[torch.Tensor], None] | None = None  # what is left of `fill`
 
     @property
     def packs(self) -> bool:
         """Whether it is gathered together with others."""
-        return self.shards is not None and math.prod(self.shape) * self.dtype.itemsize <= PACK_BYTES // 4
+        return self.shards is not None and _is_small(self.shape, self.dtype)
 
     @property
     def part_shape(self) -> tuple[int, ...]:
@@ -109,12 +111,23 @@ class Source:
             check_sharding(name, tensor)
         a, b = (torch.empty(t.shape, dtype=base.dtype, device=t.device) for t in (lora_A, lora_B))
 
+        def merge(out: torch.Tensor) -> None:
+            torch.addmm(gathered(base, out), b, a, alpha=scaling, out=out)
+
         def fill(out: torch.Tensor) -> None:
             gather(lora_A, a)
             gather(lora_B, b)
-            torch.addmm(gathered(base, out), b, a, alpha=scaling, out=out)
+            merge(out)
 
-        return Source(name, tuple(base.shape), base.dtype, fill=fill, watched=(base, lora_A, lora_B))
+        pieces = ((lora_A, a), (lora_B, b))
+        travel = all(
+            is_sharded(t) and t.placements[0].is_shard() and t.dtype == whole.dtype and _is_small(t.shape, t.dtype)
+            for t, whole in pieces
+        )
+        return Source(
+            name, tuple(base.shape), base.dtype, fill=fill, watched=(base, lora_A, lora_B),
+            pieces=pieces if travel else (), merge=merge,
+        )  # fmt: skip
 
     @staticmethod
     def rounded(name: str, weight: torch.Tensor, bits: int) -> "Source":
@@ -227,6 +240,11 @@ def packs_of(
         pack.append(pair)
     if pack:
         yield pack
+
+
+def _is_small(shape: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether a tensor travels together with others."""
+    return math.prod(shape) * dtype.itemsize <= PACK_BYTES // 4
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
