@@ -17,8 +17,8 @@ def prepare() -> None:
     3. For 128 x 128 blocks, and for INT8, there is no kernel left then: the two classes below.
     4. torch.compile of the sampler's small functions costs 20 s at the first step and gains nothing here.
     5. With AVX-512 the ranks of an engine talk through shared memory whose name is the same in all runs of a machine.
-       Two of them would meet in it, and one that was killed leaves it behind, at which the next one fails ("create shm
-       in SHMManager failed. errno: 17"). They talk through torch.distributed, as they do without AVX-512.
+       Two of them would meet in it, and one that was killed leaves it behind, so that the next one fails ("create shm
+       in SHMManager failed. errno: 17"). Here they talk through torch.distributed, as they do without AVX-512.
     """
     import torch._dynamo
     from vllm import _custom_ops as ops

@@ -33,7 +33,7 @@ GRAPHS = GIB // 2
 GRAPHS_LAYER = 12 * 2**20
 GRAPHS_WIDTH = 200 * 2**10
 PREFILL_TOKENS = 16384  # of prompts in one pass of the engine: vLLM's own choice on a large GPU, half of it on others
-NCCL = GIB  # buffers and channels of the ranks' communicators, where there are several; not measured
+NCCL = GIB  # buffers and channels of the ranks' communicators, where there are several; fits runs on two GPUs
 MICRO_BATCH_CHOICES = (16384, 8192, 4096)  # tokens, in order of preference
 LOGPROB_TOKENS = 65536  # at most in a pass without gradient, unless a micro-batch is larger
 GRADIENT = 4  # bytes a trained parameter, fp32
@@ -168,7 +168,8 @@ def sharding_bytes(s: ModelSizes, world: int, reshard: bool = True) -> int:
 
 def sync_bytes(s: ModelSizes, world: int) -> int:
     """The sync's two staging buffers, for weights that do not lie as they are needed: shards, or layers with adapters.
-    Each holds the largest parameter of the engine at least. Shards are sent from and received in memory of their own.
+    Each holds the largest parameter of the engine at least. Shards are sent from and received in memory of their own,
+    and sharded adapters are kept whole.
     """
     if world == 1 and not s.rank:
         return 0
@@ -176,7 +177,8 @@ def sync_bytes(s: ModelSizes, world: int) -> int:
     if world > 1:
         largest = max(largest, s.vocab * s.hidden)
     packs = 0 if world == 1 else int(min(PACK_BYTES, 2 * s.parameters) * (1 + 1 / world))
-    return 2 * min(max(STAGING_BYTES, 2 * largest), 2 * s.parameters) + packs
+    adapters = 2 * s.trained if s.rank and world > 1 else 0
+    return 2 * min(max(STAGING_BYTES, 2 * largest), 2 * s.parameters) + packs + adapters
 
 
 def sequences_at_once(max_num_seqs: int, prompts: int, samples: int, engines: int = 1, dynamic: bool = True) -> int:

@@ -48,8 +48,8 @@ def pack(lengths: Sequence[int], budget: int, multiple: int = 1) -> list[list[in
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host's tensor on `device`, without waiting for what the GPU has still to do: the next micro-batch is prepared
-    meanwhile."""
+    """A host's tensor on `device`, without waiting for what the GPU still has to do, so that the next micro-batch is
+    prepared meanwhile. From pinned memory, which torch keeps until it was read."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

@@ -1,6 +1,5 @@
-"""The parts of a run, made from its flags: model and tokenizer, memory plan, data and rewards, engine, policy, sync.
-
-train.py's loop goes round with them. What cannot work is said here, the cheap checks first: the engine comes last.
+"""What a run's loop (train.py) needs, made from its flags: model and tokenizer, memory plan, data and rewards, engine,
+policy, sync. What cannot work is said here, and what can be checked cheaply before the engine is built.
 """
 
 import dataclasses
@@ -39,7 +38,7 @@ from weight_sources import rounded_sources
 
 
 class Parts(NamedTuple):
-    """What the loop needs."""
+    """What `build` makes. `plan` is that of the sync."""
 
     engine: Engine
     policy: Policy
@@ -88,7 +87,8 @@ def load_config(args: Args) -> tuple[Any, Any]:
 
 def plan_device(args: Args, config: Any, ranks: Ranks | None = None) -> tuple[Args, MemoryPlan, list[str]]:
     """(arguments with what the memory plan chose, the plan, layers that stay bf16); prints the plan, which is that of
-    every rank. On a CPU it is the KV cache's size alone."""
+    every rank. On a CPU it is the KV cache's size alone. Raises ConfigError, LoraError, EngineError (--quant-skip) and
+    MemoryPlanError."""
     ranks = ranks or Ranks()
     known = f"--model {args.model} ({config.model_type}) cannot be trained here"
     if config.model_type not in FAMILIES:
@@ -173,7 +173,8 @@ def build(
     checkpoint: Checkpoint | None = None, ranks: Ranks | None = None,
 ) -> Parts:  # fmt: skip
     """Everything the loop needs; data, rewards and the model's files are checked before the engine is built. The
-    policy, its optimizer too, is that of the checkpoint where there is one."""
+    policy, its optimizer too, is that of the checkpoint where there is one. Raises DataError, RewardError, PolicyError,
+    EngineError, SyncError and MemoryPlanError."""
     from transformers import set_seed
 
     ranks = ranks or Ranks()
@@ -270,6 +271,7 @@ def build(
 
 
 def add_adapters(model: torch.nn.Module, settings: lora.LoraSettings) -> None:
+    """In place; says how many parameters are trained."""
     lora.add_adapters(model, settings)
     counts = lora.trained(model) / 1e6, sum(p.numel() for p in model.parameters()) / 1e6
     print(f"LoRA: {counts[0]:.2f} M of {counts[1]:.0f} M parameters are trained", flush=True)

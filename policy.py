@@ -69,7 +69,7 @@ class Batch:
         for n in lengths:
             starts.append(starts[-1] + n)
         tokens = torch.cat([torch.arange(starts[i], starts[i] + lengths[i]) for i in rows])
-        tokens = tokens.to(self.mask.device)
+        tokens = packing.sent(tokens, self.mask.device)
         return Batch(
             [self.prompt_ids[i] for i in rows],
             [self.response_ids[i] for i in rows],

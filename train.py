@@ -9,7 +9,7 @@
     accelerate launch --multi_gpu train.py ...                           # every GPU of the node, the same flags
     torchrun --standalone --nproc-per-node 8 train.py ... --tp 2
 
-The loop is `train()`. What it leaves out today: more than one node, multi-turn.
+The loop is `train()`; what it needs is made in parts.py. What it leaves out today: more than one node, multi-turn.
 """
 
 import runtime  # noqa: F401  (first: it sets what torch and vLLM read at import)
@@ -63,8 +63,6 @@ from run_report import reported
 from sample_log import KeptLogprobs, TokenTexts, logged_samples, sample_record
 from trackers import TrackerError, check_trackers
 
-# ---- the loop
-
 
 def train(args: Args, ranks: Ranks | None = None) -> Path:
     """Run it all; returns the run folder. `args` must be resolved."""
@@ -88,8 +86,8 @@ def train(args: Args, ranks: Ranks | None = None) -> Path:
     used = MemoryLog(memory, args.memory_bytes) if torch.cuda.is_available() else None
     checkpoint = run.checkpoint if run else None
     with said_on_failure(run, ranks):
-        parts = build(args, memory, skip, config, tokenizer, used, checkpoint, ranks)
-    engine, policy, plan, stream, held_out, rewards = parts
+        made = build(args, memory, skip, config, tokenizer, used, checkpoint, ranks)
+    engine, policy, plan, stream, held_out, rewards = made
     run = run or open_run(args, run_name, ranks)
     texts = TokenTexts(tokenizer)
     print(f"run folder {run.path}", flush=True)

@@ -4,7 +4,8 @@ Axes: O/I output/input features of a weight, R rank of a LoRA adapter.
 
 Shards. Under FSDP2 each rank holds some rows of a tensor, a DTensor. They are gathered when their group is staged, into
 the staging buffer itself: a collective, which every rank must enter in the same order. Small tensors travel together
-(PackedGather), since a collective costs the host more than their bytes do. What is merged or rounded is so after it
+(PackedGather), since a collective costs the host more than their bytes do; adapters among them, into buffers of their
+own, which stay. What is merged or rounded is so after it
 was gathered and before a tensor-parallel engine's part is cut out of it: the bits are those of a policy that is not
 sharded.
 """
@@ -31,6 +32,10 @@ class Source:
     `tensor` is read in place where it is on the engine's device; otherwise `fill(out)` lays it into `out`, a bf16
     tensor of its shape on the engine's device, on whatever stream is current and without waiting for it. Both are the
     whole tensor; `cut` is the part of it that this rank's engine holds, None: all.
+
+    Attributes:
+        pieces: (DTensor, whole) pairs that are gathered with others before `merge`; () where `fill` does all.
+        merge: (out) what is left of `fill` once they are whole.
     """
 
     name: str
@@ -41,12 +46,12 @@ class Source:
     watched: tuple[torch.Tensor, ...] = ()  # these must stay at their addresses
     cut: Cut | None = None
     shards: torch.Tensor | None = None  # the DTensor, where all that `fill` does is to gather it
-    pieces: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()  # (DTensor, whole): with these gathered, `merge` is
-    merge: Callable[[torch.Tensor], None] | None = None  # what is left of `fill`
+    pieces: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+    merge: Callable[[torch.Tensor], None] | None = None
 
     @property
     def packs(self) -> bool:
-        """Whether it is gathered together with others."""
+        """Whether it is itself gathered together with others."""
         return self.shards is not None and _is_small(self.shape, self.dtype)
 
     @property
@@ -109,14 +114,19 @@ class Source:
         """
         for tensor in (base, lora_A, lora_B):
             check_sharding(name, tensor)
-        a, b = (torch.empty(t.shape, dtype=base.dtype, device=t.device) for t in (lora_A, lora_B))
+        plain = [not is_sharded(t) and t.dtype == base.dtype for t in (lora_A, lora_B)]
+        a, b = (
+            t.detach() if read_there else torch.empty(t.shape, dtype=base.dtype, device=t.device)
+            for t, read_there in zip((lora_A, lora_B), plain, strict=True)
+        )
 
         def merge(out: torch.Tensor) -> None:
             torch.addmm(gathered(base, out), b, a, alpha=scaling, out=out)
 
         def fill(out: torch.Tensor) -> None:
-            gather(lora_A, a)
-            gather(lora_B, b)
+            for (tensor, whole), read_there in zip(pieces, plain, strict=True):
+                if not read_there:
+                    gather(tensor, whole)
             merge(out)
 
         pieces = ((lora_A, a), (lora_B, b))

@@ -457,7 +457,7 @@ def test_what_runs_really_used_is_what_their_plans_say(name):
         assert most is None or got.used(phase) / GIB == pytest.approx(most, rel=0.06), phase
 
 
-# ---- train.py's own plan
+# ---- parts.py's plan
 
 
 def test_train_plans_for_the_smaller_of_what_is_free_and_what_it_may_have(sizes, monkeypatch, capsys):
@@ -468,7 +468,7 @@ def test_train_plans_for_the_smaller_of_what_is_free_and_what_it_may_have(sizes,
     monkeypatch.setattr(parts, "host_memory", lambda: 120 * GIB)
 
     def planned(**flags):
-        args, got, _ = train.plan_device(Args(max_response_len=1024, **flags).resolved(), shape("qwen2.5-1.5b"))
+        args, got, _ = parts.plan_device(Args(max_response_len=1024, **flags).resolved(), shape("qwen2.5-1.5b"))
         chosen = (args.micro_batch_tokens, args.gradient_checkpointing, args.offload_optimizer)
         assert chosen == (got.micro_batch_tokens, got.checkpointing, got.offload)
         assert capsys.readouterr().out == f"a GPU\n{got.table()}\n"

@@ -271,7 +271,7 @@ ATTENTION, MLP = 128 * (128 + 64 + 64) + 128 * 128, 3 * 128 * 256  # weights of 
 )
 def test_the_memory_plan_counts_a_byte_for_each_weight_that_has_one(monkeypatch, quant, names, skipped, one_byte):
     gpu = _FakeGpu(monkeypatch)
-    args, plan, skip = train.plan_device(Args(rollout_quant=quant, quant_skip=names).resolved(), tiny_config())
+    args, plan, skip = parts.plan_device(Args(rollout_quant=quant, quant_skip=names).resolved(), tiny_config())
     assert len(skip) == skipped and gpu.asked["one_byte_weights"] == one_byte
     parameters = gpu.asked["sizes"].parameters
     assert plan.engine_weights == 2 * (parameters - one_byte) + one_byte
@@ -281,7 +281,7 @@ def test_the_memory_plan_counts_a_byte_for_each_weight_that_has_one(monkeypatch,
 def test_an_fp8_kv_cache_takes_half_the_memory(monkeypatch):
     gpu, wanted = _FakeGpu(monkeypatch), {}
     for dtype in ("auto", "fp8"):
-        _, plan, _ = train.plan_device(Args(kv_cache_dtype=dtype).resolved(), tiny_config())
+        _, plan, _ = parts.plan_device(Args(kv_cache_dtype=dtype).resolved(), tiny_config())
         wanted[dtype] = (gpu.asked["sizes"].kv_bytes_per_token, plan.kv_wanted)
     assert wanted["auto"][0] == 2 * wanted["fp8"][0] == 2 * 3 * 64 * 2
     assert wanted["auto"][1] == 2 * wanted["fp8"][1]
@@ -290,7 +290,7 @@ def test_an_fp8_kv_cache_takes_half_the_memory(monkeypatch):
 def test_on_a_cpu_the_skipped_layers_come_back_too(device):
     if device.type != "cpu":
         pytest.skip("a CPU's plan")
-    args, plan, skip = train.plan_device(Args(quant_skip="layers.1,down_proj").resolved(), tiny_config())
+    args, plan, skip = parts.plan_device(Args(quant_skip="layers.1,down_proj").resolved(), tiny_config())
     assert skip == [*named(0, of=SUFFIXES[6:]), *named(1), *named(2, of=SUFFIXES[6:])]
     assert (plan.sleep_level, args.gradient_checkpointing) == (0, False)
 

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 import keys
@@ -77,7 +78,7 @@ def flags_of(folder: Path, trusted: bool = False) -> Args:
 def test_code_of_an_unknown_architecture_is_refused_by_the_flags_name(tmp_path):
     folder, marker = with_code(tmp_path, "brand_new", "model")
     with pytest.raises(ConfigError, match=r"--model .*config\.json.*code of its own; --trust-remote-code"):
-        train.load_config(flags_of(folder))
+        parts.load_config(flags_of(folder))
     assert not marker.exists()
 
 
@@ -85,9 +86,9 @@ def test_code_of_an_unknown_architecture_is_refused_by_the_flags_name(tmp_path):
 @pytest.mark.parametrize("family, part", [("qwen2", "model"), ("qwen2", "tokenizer")])
 def test_code_of_a_known_architecture_is_left_alone(tmp_path, family, part):
     folder, marker = with_code(tmp_path, family, part)
-    config, _ = train.load_config(flags_of(folder))
-    parts.load_model(str(folder), train.torch.device("cpu"))
-    train.plan_device(flags_of(folder), config)
+    config, _ = parts.load_config(flags_of(folder))
+    parts.load_model(str(folder), torch.device("cpu"))
+    parts.plan_device(flags_of(folder), config)
     assert not marker.exists() and type(config).__module__.startswith("transformers.")
 
 
@@ -96,7 +97,7 @@ def test_code_runs_if_asked_for(tmp_path, monkeypatch):
     """Or the tests above would prove nothing."""
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder, marker = with_code(tmp_path, "brand_new", "model")
-    config, _ = train.load_config(flags_of(folder, trusted=True))
+    config, _ = parts.load_config(flags_of(folder, trusted=True))
     assert marker.exists() and config.model_type == "brand_new"
 
 

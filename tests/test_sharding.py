@@ -3,6 +3,7 @@
 fp32 tolerance: sums over ranks and micro-batches have another order.
 """
 
+import dataclasses
 import os
 import socket
 import subprocess
@@ -89,8 +90,6 @@ sys.path.insert(0, {root!r})
 import runtime
 import torch
 
-from sharding import TokenLists
-from weight_sources import packs_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from ranks import Ranks
@@ -134,6 +133,11 @@ def test_packs_are_no_larger_than_they_may_be(monkeypatch):
 
 
 def test_token_ids_are_not_looked_through():
-    """FSDP2 maps over the leaves of its arguments, twice in each pass: a list would be one leaf for each token."""
+    """What FSDP2 calls on its arguments does not enter it: a list it enters, and a dataclass."""
+    from torch.distributed import utils
+
     tokens = TokenLists([[1, 2]] * 8, [[3, 4, 5]] * 8)
-    assert torch.utils._pytree.tree_leaves((tokens, torch.device("cpu"), False)) == [tokens, torch.device("cpu"), False]
+    (args,), _ = utils._to_kwargs((tokens,), None, torch.device("cpu"), False)
+    assert args == (tokens,) and args[0].prompt_ids is tokens.prompt_ids
+    assert torch.utils._pytree.tree_leaves(tokens) == [tokens]
+    assert not dataclasses.is_dataclass(tokens) and not isinstance(tokens, (list, tuple, dict))

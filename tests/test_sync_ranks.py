@@ -448,7 +448,8 @@ def in_a_world(folder, quants):
         check_tokens(world, quant)
         if quant == "fp8":
             check_training(world)
-            check_adapters(world)
+            for rank in (3, 1):  # 2 ranks do not divide A's rows; one of them has none
+                check_adapters(world, rank)
     world.ranks.barrier()
     sys.stderr.write("every rank agrees\n")
     sys.stderr.flush()
@@ -557,13 +558,13 @@ def check_training(world):
     world.plan.sync()
 
 
-def check_adapters(world):
+def check_adapters(world, rank):
     """The whole model that adapters make of a base, from shards of all of them."""
     from policy import load_model
 
     models = [load_model(world.folder, torch.device("cpu")) for _ in range(2)]
     for model in models:
-        lora.add_adapters(model, lora.LoraSettings(rank=3, alpha=5.0))  # 2 ranks do not divide A's rows
+        lora.add_adapters(model, lora.LoraSettings(rank, alpha=5.0))
         with torch.no_grad():
             g = torch.Generator().manual_seed(2)
             for p in (p for name, p in model.named_parameters() if "lora_" in name):
@@ -657,18 +658,16 @@ def one_head_of_k_and_v(folder, to):
 
 @pytest.fixture
 def left_by_a_killed_run():
-    """The shared memory of vLLM's CPU communicator, under its own names: at a second one of these it fails."""
+    """The shared memory of vLLM's CPU communicator, under its own names: where it uses that (with AVX-512), it fails at
+    what it did not make."""
     shared = Path("/dev/shm")
     made = [shared / f"-tp:0-[{'-'.join(map(str, range(TP)))}]-cpushm_{rank}" for rank in range(TP)]
     made = [path for path in made if not path.exists()]
-    before = set(shared.iterdir()) | set(made)
     for path in made:
         path.touch()
     yield
-    after = set(shared.iterdir())
     for path in made:
         path.unlink()
-    assert not [path for path in after - before if "cpushm" in path.name]
 
 
 @pytest.mark.usefixtures("left_by_a_killed_run")

@@ -28,6 +28,7 @@ from fake_run import FakeEngine, FakePlan, install, one_or_two, read_lines, run_
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Qwen2Config
 
 import packing
+import parts
 import run_report
 import train
 from checkpoint import Snapshot
@@ -787,7 +788,7 @@ def test_without_a_gpu_a_micro_batch_holds_a_full_sequence(device):
     config = Qwen2Config(vocab_size=V, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4)
     sizes = {"max_prompt_len": 4000, "kv_cache_gib": 0.1}
     for response, tokens in ((1000, 16384), (30_000, 34_000)):
-        args, _, _ = train.plan_device(Args(max_response_len=response, **sizes).resolved(), config)
+        args, _, _ = parts.plan_device(Args(max_response_len=response, **sizes).resolved(), config)
         assert args.micro_batch_tokens == tokens
 
 

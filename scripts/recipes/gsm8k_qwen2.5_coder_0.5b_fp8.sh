@@ -3,6 +3,7 @@
 #
 # R: docs/results/gsm8k_0.5b_h200.md, where held-out accuracy rose from 0.291 to 0.419 in 70 steps of 6.2 s. It has a
 #    4-bit quantization of the weights, and questions from files; with the Hub's model and data this has not been run.
+#    Left out of its command: alarms set aside, no checkpoints on the way, what the plan chooses by itself.
 # Hardware: one H200, 37 GiB in use. A smaller card takes less of --kv-cache-gib and --max-num-seqs; leave out --sleep
 # and --micro-batch-tokens and the plan chooses.
 #
