@@ -5,8 +5,9 @@ Import this module first in every script. It only sets variables that the user h
 Why each one:
 - OMP_NUM_THREADS, OMP_WAIT_POLICY, KMP_BLOCKTIME: OpenMP's threads spin while they wait. With another busy process on
   the machine they starve each other, and generation on a CPU gets fifty times slower; passive waiting ends that.
-- ONEDNN_PRIMITIVE_CACHE_CAPACITY: oneDNN keeps a compiled matrix product for each shape that it has seen, 1,024 of
-  them, and every step has shapes of its own: the process would grow for hundreds of steps. Without a GPU only.
+- ONEDNN_PRIMITIVE_CACHE_CAPACITY, LRU_CACHE_CAPACITY: oneDNN keeps a compiled matrix product for each shape that it
+  has seen, 1,024 of them, and torch keeps as many of its own where the processor has bf16 products. Every step has
+  shapes of its own, and the process would grow for hundreds of steps. Without a GPU only.
 - VLLM_ENABLE_V1_MULTIPROCESSING=0: the engine must live in this process, or its tensors could not be written in place.
 - VLLM_CPU_OMP_THREADS_BIND=nobind: vLLM would otherwise pin the whole process, the trainer included, to its cores.
 - VLLM_HOST_IP: vLLM otherwise asks the network for an address, which fails on a machine without one.
@@ -47,7 +48,7 @@ def set_defaults() -> None:
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     if not has_gpu():
-        defaults["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "16"
+        defaults |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}
     if "OMP_NUM_THREADS" not in os.environ and "torch" in sys.modules:
         raise RuntimeError("import runtime before torch: OMP_NUM_THREADS has no effect once torch is loaded")
     for name, value in defaults.items():
