@@ -4,9 +4,13 @@ Samples are random tokens, equal everywhere; there is no engine. The policy is b
 gradients of micro-batches are bf16 and are summed in another order and other groups by several ranks, so they agree as
 two bf16 computations do: the relative distance |a - b| / |b| of each is printed, and held to TOLERANCE.
 
+--repeat makes the step so many times more and prints the seconds of each; --profile makes one under torch's profiler:
+how long the first rank's GPU was at work, the longest times in which it waited, the dearest operators of both sides.
+
     python scripts/check_ranks.py --shape qwen2.5-0.5b --out one.pt
     torchrun --standalone --nproc-per-node 2 scripts/check_ranks.py --shape qwen2.5-0.5b --compare one.pt
     torchrun ... --no-reshard-after-forward                                       # as train.py does where there is room
+    torchrun ... --no-reshard-after-forward --prompts 128 --micro-batch-tokens 16384 --repeat 3 --profile
     python scripts/check_ranks.py --shape tiny --out one.pt                                         # a CPU will do
 """
 
@@ -19,6 +23,7 @@ import runtime  # noqa: F401  (first: it sets what torch reads at import)
 # isort: split
 import argparse
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -88,14 +93,51 @@ def step(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
             gradients[name] = torch.cat(gathered) if ranks.first else gathered[0][:0]
         update(lr, scale)
 
-    policy.optimizer.step = seen
+    if args.out or args.compare:
+        policy.optimizer.step = seen
     groups = random_groups(model.config.vocab_size, args.prompts, args.samples, args.prompt_len, args.response_len)
     start = time.perf_counter()
     metrics = train.train_step(policy, groups, flags)
     seconds = time.perf_counter() - start
+    after = weights_of(policy) if args.out or args.compare else {}
+    policy.optimizer.step = update
+
+    def again() -> float:
+        start = time.perf_counter()
+        train.train_step(policy, groups, flags)  # it ends with figures on the host: the GPU is done
+        return time.perf_counter() - start
+
+    for i in range(args.repeat):
+        took = again()
+        if ranks.first:
+            print(f"once more, {i + 1}: {took:.3f} s", flush=True)
+    if args.profile:
+        profile(again, ranks)
     return {
-        "metrics": metrics, "gradients": gradients, "before": before, "after": weights_of(policy), "seconds": seconds
+        "metrics": metrics, "gradients": gradients, "before": before, "after": after, "seconds": seconds
     }  # fmt: skip
+
+
+def profile(call: Callable[[], float], ranks: Ranks) -> None:
+    """`call` on all ranks, and what the first one's took."""
+    if not ranks.first:
+        call()
+        return
+    with torch.profiler.profile() as profiler:
+        seconds = call()
+    on_gpu = [e.time_range for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    busy, waits, end = 0.0, [], None
+    for span in sorted(on_gpu, key=lambda span: span.start):
+        if end is not None and span.start > end:
+            waits.append(span.start - end)
+        busy += max(0.0, span.end - max(span.start, end or span.start))
+        end = max(span.end, end or span.end)
+    longest = ", ".join(f"{wait / 1000:.1f}" for wait in sorted(waits, reverse=True)[:20])
+    gpu = f"GPU at work {busy / 1e6:.3f} s; its longest waits, ms: {longest}" if on_gpu else "no GPU"
+    print(f"profiled: {seconds:.3f} s; {gpu}")
+    totals = profiler.key_averages()
+    for key in ("self_cpu_time_total", *(["self_device_time_total"] if on_gpu else [])):
+        print(totals.table(sort_by=key, row_limit=15, max_name_column_width=50))
 
 
 def weights_of(policy: Policy) -> dict[str, torch.Tensor]:
@@ -145,6 +187,8 @@ def main() -> None:
     parser.add_argument("--response-len", type=int, default=256)
     parser.add_argument("--micro-batch-tokens", type=int, default=8192)
     parser.add_argument("--reshard-after-forward", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--repeat", type=int, default=0, help="make the step so many times more, and time each")
+    parser.add_argument("--profile", action="store_true", help="once more, under torch's profiler")
     parser.add_argument("--out", type=Path, help="write this world's step")
     parser.add_argument("--compare", type=Path, help="compare with a step that --out wrote")
     args = parser.parse_args()

@@ -5,6 +5,7 @@ fp32 tolerance: sums over ranks and micro-batches have another order.
 
 import dataclasses
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -78,8 +79,11 @@ def test_the_check_for_gpus_says_what_agrees(tmp_path):
     program, one = ROOT / "scripts" / "check_ranks.py", str(tmp_path / "one.pt")
     run_ranks(1, *sizes, "--prompts", "4", "--out", one, program=program)
     for how in ("--reshard-after-forward", "--no-reshard-after-forward"):
-        out = run_ranks(2, *sizes, "--prompts", "4", "--compare", one, how, program=program)
+        out = run_ranks(
+            2, *sizes, "--prompts", "4", "--compare", one, how, "--repeat", "2", "--profile", program=program
+        )
         assert "within the tolerance" in out[0] and "tiny, 2 rank(s)" in out[0] and out[1] == ""
+        assert re.search(r"once more, 2: \d\.\d+ s\nprofiled: \d\.\d+ s; no GPU\n[^$]*aten::mm", out[0])
     with pytest.raises(AssertionError, match=r"beyond the tolerance: .*train/tokens"):
         run_ranks(2, *sizes, "--prompts", "3", "--compare", one, program=program)
 
