@@ -214,8 +214,7 @@ class Args:
     FULL_SHARD of FSDP). False: weights and gradient sums are whole on each GPU from the first micro-batch of an update
     to the last, and travel once: faster where there is room. None: from the memory plan."""
     compile: bool | None = None
-    """torch.compile the policy's layers: a fifth faster and smaller, 10 to 40 s at the first step. None: on
-    a GPU."""
+    """torch.compile the policy's layers: a fifth faster and smaller, 10 to 40 s at the first step. None: on a GPU."""
 
     steps: int | None = None
     """Training steps. None: 100; 60."""

@@ -5,9 +5,8 @@ Axes: O/I output/input features of a weight, R rank of a LoRA adapter.
 Shards. Under FSDP2 each rank holds some rows of a tensor, a DTensor. They are gathered when their group is staged, into
 the staging buffer itself: a collective, which every rank must enter in the same order. Small tensors travel together
 (PackedGather), since a collective costs the host more than their bytes do; adapters among them, into buffers of their
-own, which stay. What is merged or rounded is so after it
-was gathered and before a tensor-parallel engine's part is cut out of it: the bits are those of a policy that is not
-sharded.
+own, which stay. What is merged or rounded is so after it was gathered and before a tensor-parallel engine's part is cut
+out of it: the bits are those of a policy that is not sharded.
 """
 
 import math
@@ -114,29 +113,31 @@ class Source:
         """
         for tensor in (base, lora_A, lora_B):
             check_sharding(name, tensor)
-        plain = [not is_sharded(t) and t.dtype == base.dtype for t in (lora_A, lora_B)]
-        a, b = (
-            t.detach() if read_there else torch.empty(t.shape, dtype=base.dtype, device=t.device)
-            for t, read_there in zip((lora_A, lora_B), plain, strict=True)
-        )
+        pieces = []  # what must be gathered or cast; the others are read where they lie
+
+        def whole(factor: torch.Tensor) -> torch.Tensor:
+            if not is_sharded(factor) and factor.dtype == base.dtype:
+                return factor.detach()
+            pieces.append((factor, torch.empty(factor.shape, dtype=base.dtype, device=factor.device)))
+            return pieces[-1][1]
+
+        a, b = whole(lora_A), whole(lora_B)
 
         def merge(out: torch.Tensor) -> None:
             torch.addmm(gathered(base, out), b, a, alpha=scaling, out=out)
 
         def fill(out: torch.Tensor) -> None:
-            for (tensor, whole), read_there in zip(pieces, plain, strict=True):
-                if not read_there:
-                    gather(tensor, whole)
+            for factor, into in pieces:
+                gather(factor, into)
             merge(out)
 
-        pieces = ((lora_A, a), (lora_B, b))
-        travel = all(
-            is_sharded(t) and t.placements[0].is_shard() and t.dtype == whole.dtype and _is_small(t.shape, t.dtype)
-            for t, whole in pieces
+        together = all(
+            is_sharded(t) and t.placements[0].is_shard() and t.dtype == base.dtype and _is_small(t.shape, t.dtype)
+            for t, _ in pieces
         )
         return Source(
             name, tuple(base.shape), base.dtype, fill=fill, watched=(base, lora_A, lora_B),
-            pieces=pieces if travel else (), merge=merge,
+            pieces=tuple(pieces) if together else (), merge=merge,
         )  # fmt: skip
 
     @staticmethod

@@ -83,7 +83,8 @@ def step(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
         model, lr=flags.lr, weight_decay=0.0, compile=compiled, ranks=ranks, root=root,
         reshard=args.reshard_after_forward,
     )  # fmt: skip
-    before = weights_of(policy)
+    compared = args.out or args.compare
+    before = weights_of(policy) if compared else {}
     gradients: dict[str, torch.Tensor] = {}
     update = policy.optimizer.step
 
@@ -93,13 +94,13 @@ def step(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
             gradients[name] = torch.cat(gathered) if ranks.first else gathered[0][:0]
         update(lr, scale)
 
-    if args.out or args.compare:
+    if compared:
         policy.optimizer.step = seen
     groups = random_groups(model.config.vocab_size, args.prompts, args.samples, args.prompt_len, args.response_len)
     start = time.perf_counter()
     metrics = train.train_step(policy, groups, flags)
     seconds = time.perf_counter() - start
-    after = weights_of(policy) if args.out or args.compare else {}
+    after = weights_of(policy) if compared else {}
     policy.optimizer.step = update
 
     def again() -> float:
